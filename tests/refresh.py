@@ -1,0 +1,87 @@
+"""`make notebooks`: run notebooks, store their outputs and write README.md from the home page. Names as arguments choose some of them."""
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+sys.path.insert(0, str(ROOT))
+from finetune_nb.environment import notebook_hash  # noqa: E402
+
+WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
+
+
+def stored(output):
+    """An output as it may be kept: no widget state, no addresses of this run."""
+    output.pop("execution_count", None)
+    data = output.get("data")
+    if data is not None:
+        for kind in WIDGETS:
+            data.pop(kind, None)
+        if not data:
+            return None
+        if set(data) == {"text/plain"} and re.match(r"(interactive\(|HBox\(|<Figure size)", data["text/plain"]):
+            return None
+    if output.get("name") == "stderr":
+        return None
+    return output
+
+
+def refresh(path):
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as runs:
+        # A relative working folder keeps machine paths out of what the lessons print.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ["FINETUNE_NB_RUNS"] = runs
+        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [kept for kept in map(stored, cell.outputs) if kept is not None]
+            cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+        "finetune_nb": {"ran": notebook_hash(json.loads(nbformat.writes(notebook)))},
+    }
+    write(notebook, path)
+
+
+def write(notebook, path):
+    for cell in notebook.cells:  # nbdev's layout: one string a line
+        cell.pop("attachments", None)
+    text = json.dumps(json.loads(nbformat.writes(notebook)), indent=1, ensure_ascii=False, sort_keys=True)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def readme():
+    """README.md from the home page: its prose, its code and what that prints, with links that work in the repository."""
+    parts = []
+    for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?!https?:|#|\.\./|/)([\w./-]+)", r"](nbs/\1", source).replace("](../", "]("))
+        elif "#| hide" not in source and "parameters" not in cell["metadata"].get("tags", []):
+            parts.append(f"```python\n{source}\n```")
+            printed = "".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell["outputs"])
+            if printed:
+                parts.append(f"```\n{printed.rstrip()}\n```")
+    text = "\n\n".join(parts)
+    return "<!-- Written by `make notebooks` from nbs/index.ipynb. -->\n\n" + text.replace("::: {.callout-note}\n", "").replace("\n:::", "") + "\n"
+
+
+def main(names):
+    chosen = [path for path in sorted(NBS.glob("*.ipynb")) if not names or any(path.stem.startswith(name) for name in names)]
+    for path in chosen:
+        print(path.name, flush=True)
+        refresh(path)
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

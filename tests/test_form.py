@@ -1,0 +1,214 @@
+"""What a lesson, the export and the site must be like."""
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import yaml
+from conftest import NBS, ROOT
+from lessons import LESSONS, NAMES, PAGES, cells, parameters, solutions, source
+
+sys.path.insert(0, str(ROOT))
+from finetune_nb.environment import notebook_hash  # noqa: E402
+
+config = configparser.ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+SETTINGS = config["DEFAULT"]
+HEX = re.compile(r"0x[0-9a-f]{6,}")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The checkout as git would clone it, in a folder whose path has no leading dot."""
+    folder = tmp_path_factory.mktemp("copy") / "checkout"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "_docs", "_proc", "__pycache__", "*.egg-info", "results"))
+    return folder
+
+
+def run(command, folder):
+    environment = os.environ | {"PYTHONPATH": str(folder), "MPLBACKEND": "Agg"}
+    return subprocess.run([sys.executable, "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_package_is_what_the_notebooks_say(copy):
+    """Exported into an empty folder, so that a module whose notebook is gone is found too."""
+    shutil.rmtree(copy / "finetune_nb")
+    (copy / "finetune_nb").mkdir()
+    done = run("import sys; sys.argv = ['nbdev_export']; from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
+    assert done.returncode == 0, done.stderr
+    exported = {p.name: p.read_text() for p in (copy / "finetune_nb").glob("*.py")}
+    committed = {p.name: p.read_text() for p in (ROOT / "finetune_nb").glob("*.py")}
+    assert exported.keys() == committed.keys()
+    differs = [name for name in exported if exported[name] != committed[name]]
+    assert not differs, f"run nbdev_export: {', '.join(differs)} are not what the notebooks export"
+
+
+FLOORS = (
+    ("checks", "__init__"), ("environment",), ("glyphs", "sources", "models"), ("batches", "packing"), ("index",), ("data",), ("evaluation",), ("engine",),
+    ("training",), ("report",), ("application",), ("cli",))
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+
+
+def imported(path):
+    """The project's modules that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            name = node.module or ""
+            if node.level or name.startswith("finetune_nb"):
+                found.add(name.removeprefix("finetune_nb").lstrip(".").split(".")[0] or "__init__")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "finetune_nb").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_one_way_down(path):
+    assert path.stem in FLOOR, f"{path.stem} has no floor: add it to FLOORS"
+    up = {name for name in imported(path) if FLOOR[name] >= FLOOR[path.stem]}
+    assert not up, f"{path.stem} (floor {FLOOR[path.stem]}) imports {up} from its own floor or above"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lesson_imports_lower_floors_only(path):
+    code = "\n".join(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.M) for c in cells(path, "code"))
+    home = re.search(r"#\| default_exp (\w+)", code)
+    if home is None:
+        return
+    used = set(re.findall(r"from finetune_nb\.(\w+) import", code)) | set(re.findall(r"from finetune_nb import (\w+)", code))
+    up = {name for name in used if FLOOR.get(name, 0) >= FLOOR[home[1]]}
+    assert not up, f"{path.name} exports {home[1]} and uses {up}"
+    assert not re.search(r"^from finetune_nb\S* import \*", code, flags=re.M)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_lesson_form(path):
+    code, prose = cells(path, "code"), cells(path, "markdown")
+    words = sum(len(re.sub(r"```.*?```|\|.*\|", " ", source(c), flags=re.S).split()) for c in prose)
+    lines = sum(len([line for line in source(c).splitlines() if line.strip()]) for c in code)
+    assert len(code) + len(prose) <= 80 and 600 <= words <= 2500 and lines <= 350, (len(code) + len(prose), words, lines)
+    assert max(len(source(c).splitlines()) for c in code) <= 40, [source(c)[:60] for c in code if len(source(c).splitlines()) > 40]
+    values = parameters(path)
+    assert 0 < len(values) <= 10
+    text = "\n".join(map(source, prose))
+    assert text.startswith("# ")
+    for part in ("## The question", "## What goes wrong", "## Exercises", "## Take-away", "**Sources.**", "Predict first", "You will be able to"):
+        assert part in text, f"{path.name} lacks {part!r}"
+    assert "## The experiment" in text
+    assert "interact(" in "\n".join(map(source, code))
+    assert len(solutions(path)) == 3
+    tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
+    for node in ast.parse(source(tagged[0])).body:
+        assert isinstance(node, ast.Assign)
+        ast.literal_eval(node.value)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_stored_outputs(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    nbformat.validate(nbformat.from_dict(notebook))
+    assert path.stat().st_size < 1_000_000, f"{path.name} is larger than 1 MB"
+    ran = notebook["metadata"].get("finetune_nb", {}).get("ran")
+    assert ran == notebook_hash(path), f"{path.name}: its code is newer than its outputs; run make notebooks"
+    for cell in cells(path, "code"):
+        for output in cell["outputs"]:
+            text = json.dumps(output, ensure_ascii=False)
+            assert len(text) < 200_000, f"{path.name}: an output of {len(text):,} bytes"
+            assert output["output_type"] != "error"
+            assert "widget-view" not in text
+            shown = "".join(output.get("text", "")) + "".join(output.get("data", {}).get("text/plain", ""))
+            assert not re.search(r"(?<![\w.…])/(home|tmp|root|work|Users|var)/", shown), f"{path.name} stores a machine's path: {shown[:200]}"
+            assert not HEX.search(shown), f"{path.name} stores an address: {shown[:200]}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "finetune_nb").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_public_names_are_documented(path):
+    tree = ast.parse(path.read_text())
+    names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
+    missing = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
+    assert not missing, f"{path.stem}: {', '.join(missing)} lack a docstring"
+    assert path.stem in ("cli", "checks", "__init__") or 2 <= len(names) <= 14, (path.stem, names)
+
+
+def test_readme_is_the_home_page():
+    import refresh
+
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == refresh.readme(), "README.md is not what index.ipynb gives: run make notebooks"
+
+
+def links(text):
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    return [m for m in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not m.startswith(("http:", "https:", "data:"))]
+
+
+def test_links_lead_somewhere():
+    for path in PAGES:
+        for link in links("\n".join(map(source, cells(path, "markdown")))):
+            assert (NBS / link).exists(), f"{path.name} links to {link}"
+    for link in links((ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / link).exists(), f"README.md links to {link}"
+
+
+def test_site_configuration():
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    assert site["project"]["output-dir"] == SETTINGS["doc_path"]
+    listed = [entry for part in site["website"]["sidebar"]["contents"] for entry in (part["contents"] if isinstance(part, dict) else [part])]
+    assert sorted(listed) == sorted(path.name for path in PAGES), "the sidebar and nbs/ differ"
+    assert yaml.safe_load((NBS / "_quarto.yml").read_text()) == {"metadata-files": ["../_quarto.yml", "nbdev.yml"]}
+
+
+def test_notebooks_pass_through_nbdev(copy):
+    """What the site is made of: a show_doc or export cell that fails, fails here."""
+    done = run("from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=0)", copy)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in PAGES:
+        assert (copy / "_proc" / path.name).is_file(), f"{path.name} was not processed"
+
+
+@pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH; `make docs` installs it where there is a network")
+def test_site_renders(copy):
+    done = subprocess.run(["nbdev_docs"], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for path in PAGES:
+        assert (copy / "_docs" / f"{re.sub(r'^[0-9]+_', '', path.stem)}.html").is_file()
+
+
+def test_ledgers_name_their_source():
+    """A stored figure must come from a version of its lesson that is, or was, committed."""
+    found = sorted((ROOT / "data" / "results").glob("*/*.json"))
+    for path in found:
+        ledger = json.loads(path.read_text())
+        lesson = NAMES[path.parent.name]
+        history = {notebook_hash(lesson)}
+        if (ROOT / ".git").exists():
+            commits = subprocess.run(["git", "log", "--format=%H", "--", f"nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+            for commit in commits:
+                shown = subprocess.run(["git", "show", f"{commit}:nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True)
+                if shown.returncode == 0:
+                    history.add(notebook_hash(json.loads(shown.stdout)))
+        assert ledger["source"] in history, f"{path.name} was written by a source that is not in the history: run it again"
+        for row in ledger["rows"]:
+            value, low, high = row["accuracy"]
+            assert 0 <= low <= value <= high <= 1 and row["n"] > 0
+
+
+def test_nothing_names_this_machine():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    for name in filter(None, listed):
+        path = ROOT / name
+        if path.suffix in {".ipynb", ".py", ".md", ".ini", ".toml", ".yml", ".yaml", ".txt", ".json"} and path.is_file() and path.name != "test_form.py":
+            text = path.read_text(encoding="utf-8")
+            bad = re.search(r"pythonhosted|//pypi\.|registry\.npmjs|(?<![\w.])/(work|farm|root)/[a-z.]", text)
+            assert not bad, f"{name}: {bad[0]}"
+
+
+def test_versions_are_pinned():
+    pins = SETTINGS["dev_requirements"].split()
+    loose = [pin for pin in pins if "==" not in pin and "<" not in pin]
+    assert not loose
+    for needed in ("jupyterlab", "nbdev", "torch", "torchvision", "matplotlib", "ipywidgets", "papermill"):
+        assert any(pin.startswith(needed + "==") for pin in pins), needed

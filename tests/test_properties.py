@@ -1,0 +1,212 @@
+"""Properties that hold for any input, and files damaged at random."""
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from finetune_nb.batches import AUGMENTATIONS, crop_box, epoch_order
+from finetune_nb.data import load_images
+from finetune_nb.environment import FinetuneError, fingerprint, keyed_uniform, mix64, write_atomic
+from finetune_nb.evaluation import Evaluation, mcnemar, metrics, wilson
+from finetune_nb.index import from_arrays
+from finetune_nb.models import build, load_resnet, read_checkpoint
+from finetune_nb.sources import BadImage, fit_square, npy_bytes, open_rgb, raw_pixels
+from finetune_nb.training import Recipe, rate
+
+LONG = bool(os.environ.get("FINETUNE_NB_FUZZ"))
+settings.register_profile("here", max_examples=2000 if LONG else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.load_profile("here")
+seeds, epochs = st.integers(0, 2**63), st.integers(0, 10_000)
+
+
+@given(st.integers(1, 3000), seeds, epochs)
+def test_order_is_a_permutation(n, seed, epoch):
+    order = epoch_order(n, seed, epoch, np.arange(n))
+    assert np.array_equal(np.sort(order), np.arange(n))
+    part = np.random.default_rng(0).integers(0, n, 20)
+    assert np.array_equal(epoch_order(n, seed, epoch, part), order[part])
+
+
+def test_order_looks_random():
+    """Each sample comes about equally often at each tenth of the epoch, and neighbours are not kept together."""
+    n, epochs = 50, 4000
+    first = np.array([epoch_order(n, 1, e, np.arange(5)) for e in range(epochs)])
+    counts = np.bincount(first.ravel(), minlength=n)
+    assert abs(counts - epochs * 5 / n).max() < 6 * np.sqrt(epochs * 5 / n)
+    order = epoch_order(100_000, 3, 0, np.arange(100_000))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02 and abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.02
+
+
+@given(seeds, epochs, st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.integers(1, 8))
+def test_keyed_uniform_is_pointwise(seed, epoch, samples, k):
+    u = keyed_uniform(seed, epoch, samples, k)
+    assert u.shape == (len(samples), k) and (u >= 0).all() and (u < 1).all()
+    assert np.array_equal(keyed_uniform(seed, epoch, samples[-1:], k)[0], u[-1])
+
+
+def test_keyed_uniform_is_uniform():
+    u = keyed_uniform(0, 0, np.arange(200_000), 4)
+    counts = np.stack([np.histogram(u[:, i], 50, (0, 1))[0] for i in range(4)])
+    chi = ((counts - 4000) ** 2 / 4000).sum(1)
+    assert (chi < 110).all(), chi  # 49 degrees of freedom
+    assert abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.015
+    others = [keyed_uniform(s, e, np.arange(1000), 1)[:, 0] for s, e in ((0, 1), (1, 0), (1, 1))]
+    assert all(abs(np.corrcoef(u[:1000, 0], other)[0, 1]) < 0.12 for other in others)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=50, unique=True))
+def test_mix_is_a_bijection(values):
+    assert len(set(mix64(np.array(values, np.uint64)).tolist())) == len(values)
+
+
+@given(st.sampled_from(sorted(AUGMENTATIONS)), st.integers(1, 6), st.integers(4, 24), seeds)
+def test_augmentation_is_pointwise(name, n, size, seed):
+    pixels = np.random.default_rng(seed % 1000).integers(0, 256, (n, size, size, 3), np.uint8)
+    u = keyed_uniform(seed, 0, np.arange(n), 8)
+    whole = AUGMENTATIONS[name](pixels, u)
+    assert whole.shape == pixels.shape and whole.dtype == np.uint8
+    alone = np.concatenate([AUGMENTATIONS[name](pixels[i:i + 1], u[i:i + 1]) for i in range(n)])
+    assert np.array_equal(whole, alone)
+
+
+@given(st.lists(st.floats(0, 0.999), min_size=8, max_size=8), st.floats(0.05, 20))
+def test_crop_lies_inside(u, ratio):
+    left, top, width, height = crop_box(u, ratio)
+    assert 0 <= left and 0 <= top and left + width <= 1 + 1e-9 and top + height <= 1 + 1e-9 and width > 0 and height > 0
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.floats(0.3, 1))
+def test_any_shape_becomes_a_square(width, height, size, crop):
+    assert fit_square(Image.new("RGB", (width, height), "red"), size, crop).shape == (size, size, 3)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_raw_pixels_round_trip(h, w):
+    pixels = np.random.default_rng(h * 10 + w).integers(0, 256, (h, w, 3), np.uint8)
+    assert np.array_equal(raw_pixels(npy_bytes(pixels)), pixels)
+
+
+def picture(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+PICTURES = {kind: picture(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")} | {"NPY": npy_bytes(np.zeros((5, 6, 3), np.uint8))}
+
+
+@given(st.sampled_from(sorted(PICTURES)), st.integers(0, 2**32), st.booleans())
+def test_damaged_images_never_crash(kind, seed, cut):
+    """Bytes changed or cut off at random: an image, or a BadImage with a reason; nothing else."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(PICTURES[kind])
+    for _ in range(rng.integers(1, 6)):
+        data[rng.integers(len(data))] = rng.integers(256)
+    if cut:
+        data = data[: rng.integers(len(data))]
+    try:
+        assert open_rgb(bytes(data)).mode == "RGB"
+    except BadImage as error:
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("c") / "x.pth"
+    torch.save(build("resnet20", 3).state_dict(), path)
+    return path.read_bytes()
+
+
+@settings(max_examples=500 if LONG else 25)
+@given(st.integers(0, 2**32))
+def test_damaged_checkpoints_never_run_or_crash(checkpoint, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(checkpoint)
+    span = 3000 if rng.random() < 0.7 else len(data)
+    for _ in range(rng.integers(1, 30)):
+        data[rng.integers(span)] = rng.integers(256)
+    if rng.random() < 0.3:
+        data = data[: rng.integers(len(data))]
+    path = tmp_path / "damaged.pth"
+    path.write_bytes(bytes(data))
+    try:
+        load_resnet("resnet20", path)
+    except FinetuneError as error:
+        assert "damaged.pth" in str(error)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_as_a_checkpoint(tmp_path, data):
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(FinetuneError):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_intervals_and_p_values(a, b):
+    assert 0 <= mcnemar(a, b) <= 1 and mcnemar(a, b) == mcnemar(b, a)
+    if a + b:
+        low, high = wilson(a, a + b)
+        assert 0 <= low <= a / (a + b) <= high <= 1
+
+
+@given(st.integers(1, 40), st.integers(2, 6), seeds)
+def test_metrics_lie_in_range_and_do_not_depend_on_order(n, k, seed):
+    rng = np.random.default_rng(seed % 2**32)
+    logits, labels = rng.normal(0, 3, (n, k)), rng.integers(0, k, n)
+    found, turned = metrics(logits, labels), metrics(logits[::-1], labels[::-1])
+    assert all(0 <= found[name] <= 1 for name in found if name != "nll") and found["nll"] >= 0
+    assert all(np.isclose(found[name], turned[name]) for name in found)
+    assert np.allclose(Evaluation(logits, labels, range(k)).probabilities.sum(1), 1)
+
+
+@given(st.integers(1, 500), st.sampled_from(["one-cycle", "cosine", "constant"]), st.floats(0, 0.9))
+def test_rate_is_never_negative_or_above_one(total, schedule, warmup):
+    recipe = Recipe(schedule=schedule, warmup=warmup)
+    assert all(0 <= rate(step, total, recipe) <= 1 for step in range(total))
+    assert rate(0, total, recipe) > 0
+
+
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=80), st.floats(0.05, 0.9), st.integers(0, 99))
+def test_dividing_loses_and_doubles_nothing(labels, share, seed):
+    images = from_arrays(np.zeros((len(labels), 2, 2), np.uint8), np.array(labels), list("abcde"))
+    rest, part = images.divide(share, seed)
+    assert sorted([*rest.column("key"), *part.column("key")]) == sorted(images.column("key"))
+    again = images.divide(share, seed)[1]
+    assert list(again.column("key")) == list(part.column("key"))
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50))
+def test_write_atomic_replaces_or_keeps(tmp_path, old, new):
+    path = tmp_path / "f"
+    write_atomic(path, old)
+
+    def fails(temporary):
+        open(temporary, "wb").write(new)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(path, fails)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert write_atomic(path, new).read_bytes() == new
+
+
+@given(st.lists(st.integers(), max_size=5), st.lists(st.integers(), max_size=5))
+def test_fingerprint_tells_apart(a, b):
+    assert (fingerprint(a) == fingerprint(b)) == (a == b)
+
+
+def test_data_fingerprint_changes_with_anything():
+    images = load_images("digits", limit=50)
+    base = images.fingerprint()
+    pixels = images.memory.copy()
+    pixels[int(images.rows_at([0])[0]), 0, 0, 0] ^= 1
+    from finetune_nb.index import Images
+
+    assert Images(images.table, images.rows, pixels).fingerprint() != base
+    assert images.select(np.arange(49)).fingerprint() != base and images.fingerprint() == base
