@@ -145,7 +145,8 @@ class Images:
         held = [name for name in ("test", "valid") if name in names]
         if "train" not in names or not held: raise FinetuneError(f"three parts need a train split and a valid or test split, not {names}: give the whole source, not one split of it")
         if len(held) == 2: return self.split("train"), self.split("valid"), self.split("test")
-        train, valid = self.split("train").divide(1/6, seed)
+        whole = self.split("train")
+        train, valid = whole.divide(min(1/6, 2000/len(whole)), seed)
         return train, valid, self.split(held[0])
 
     def show(self, n=24, columns=8, seed=0): # → matplotlib figure: a grid of images, drawn with the seed, with their class names
