@@ -33,7 +33,7 @@ TEMPTING = {
     "1.1": lambda before, after: after - before, "1.2": lambda right, n: 1 - right / n, "1.3": lambda a, b: [x for x in a if x not in b],
     "2.1": lambda parts, trained: 1 - sum(parts[n] for n in trained) / sum(parts.values()), "2.2": lambda n, e, b: e * (n // b), "2.3": lambda w, g, r: w + r * g,
     "3.1": lambda a, b: a < b, "3.2": lambda seed, n: np.random.default_rng().random(n), "3.3": plain_write,
-    "4.1": lambda paths: [p.split("/")[0] for p in paths], "4.2": lambda labels, share: np.arange(len(labels)) < share * len(labels), "4.3": lambda n, seed, p: (p + seed) % n if seed % 2 else p,
+    "4.1": lambda paths: [p.split("/")[0] for p in paths], "4.2": lambda labels, share: np.arange(len(labels)) < share * len(labels), "4.3": lambda n, seed, p: int(np.random.default_rng([seed, p]).integers(n)),
     "6.1": lambda s: {k.removeprefix("module."): v for k, v in s.items()}, "6.2": lambda x, m, s: (x - m) / s, "6.3": freeze_only,
     "9.1": lambda step, total, share, highest: highest * min(1, step / (share * total)), "9.2": decay_by_name, "9.3": lambda losses, patience: next((i for i in range(1, len(losses)) if losses[i] > losses[i - 1]), None),
     "13.1": lambda y, p: np.mean(np.array(y) == np.array(p)), "13.2": lambda a, b: sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b),

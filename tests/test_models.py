@@ -205,9 +205,9 @@ def test_train_mode_follows_the_policy():
 
 def test_third_party_architecture_is_ours():
     """Option A by hand: subsample, pad half the new channels before and half after."""
-    from finetune_nb.models import BasicBlock
+    from finetune_nb.models import _Block
 
-    block = BasicBlock(4, 8, 2).eval()
+    block = _Block(4, 8, 2).eval()
     nn.init.zeros_(block.bn2.weight)
     x = torch.rand(1, 4, 6, 6)
     assert torch.equal(block(x)[:, 2:6], x[:, :, ::2, ::2]) and block(x)[:, :2].abs().sum() == 0 == block(x)[:, 6:].abs().sum()
