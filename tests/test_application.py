@@ -154,7 +154,7 @@ def test_demo_short(tmp_path, monkeypatch):
     from finetune_nb import application
 
     real = application.Recipe
-    monkeypatch.setattr(application, "Recipe", lambda **fields: real(**(fields | {"epochs": 1})))
+    monkeypatch.setattr(application, "Recipe", lambda *given, **fields: real(given[0], 1, *given[2:], **fields))
     said = []
     report = demo(tmp_path, progress=False, echo=said.append)
     assert len(said) == 5 and said[1].startswith("labels") and all(re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:])
