@@ -19,7 +19,8 @@ WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.
 
 def stored(output):
     """An output as it may be kept: no widget state, no addresses of this run."""
-    output.pop("execution_count", None)
+    if output["output_type"] == "execute_result":
+        output["execution_count"] = None
     data = output.get("data")
     if data is not None:
         for kind in WIDGETS:

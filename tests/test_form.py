@@ -181,16 +181,19 @@ def test_site_renders(copy):
 def test_ledgers_name_their_source():
     """A stored figure must come from a version of its lesson that is, or was, committed."""
     found = sorted((ROOT / "data" / "results").glob("*/*.json"))
+    shallow = subprocess.run(["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if shallow != "false":
+        pytest.skip("this is no full clone: without its history the ledgers' sources cannot be looked up")
+    assert found
     for path in found:
         ledger = json.loads(path.read_text())
         lesson = NAMES[path.parent.name]
         history = {notebook_hash(lesson)}
-        if (ROOT / ".git").exists():
-            commits = subprocess.run(["git", "log", "--format=%H", "--", f"nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-            for commit in commits:
-                shown = subprocess.run(["git", "show", f"{commit}:nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True)
-                if shown.returncode == 0:
-                    history.add(notebook_hash(json.loads(shown.stdout)))
+        commits = subprocess.run(["git", "log", "--format=%H", "--", f"nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+        for commit in commits:
+            shown = subprocess.run(["git", "show", f"{commit}:nbs/{lesson.name}"], cwd=ROOT, capture_output=True, text=True)
+            if shown.returncode == 0:
+                history.add(notebook_hash(json.loads(shown.stdout)))
         assert ledger["source"] in history, f"{path.name} was written by a source that is not in the history: run it again"
         for row in ledger["rows"]:
             value, low, high = row["accuracy"]
