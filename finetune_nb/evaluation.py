@@ -146,7 +146,7 @@ class Evaluation(_Scores):
         lines = [f"{'accuracy':18} {self.accuracy:.4f}  [{self.accuracy_interval[0]:.4f}, {self.accuracy_interval[1]:.4f}]  n={len(self):,}"]
         lines += [f"{name:18} {v:.4f}  [{low:.4f}, {high:.4f}]" for name, (v, low, high) in self.intervals.items() if name != "accuracy"]
         return "\n".join(lines + ([f"{len(self.set_aside)} images set aside"] if self.set_aside else []))
-    def _repr_html_(self): return f"<pre>{self.summary()}</pre>"
+    def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'
     def __repr__(self): return self.summary()
 
     def save(self, path): # one .npz without pickles
@@ -211,4 +211,4 @@ class Ledger:
             if "accuracy" in row: lines.append(f"{row['stage']:44} {row['accuracy'][0]:8.4f}  [{row['accuracy'][1]:.4f}, {row['accuracy'][2]:.4f}]  {row['n']:6,}")
         return "\n".join(lines)
     def __repr__(self): return self.summary()
-    def _repr_html_(self): return f"<pre>{self.summary()}</pre>"
+    def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'

@@ -66,13 +66,13 @@ def plot_mistakes(
     if not len(wrong): return None
     place = {key: i for i, key in enumerate(images.column("key"))}
     rows = -(-len(wrong)//8)
-    figure, axes = plt.subplots(rows, min(8, len(wrong)), figsize=(min(8, len(wrong))*1.25, rows*1.65), squeeze=False)
+    figure, axes = plt.subplots(rows, min(8, len(wrong)), figsize=(min(8, len(wrong))*1.15, rows*1.9), squeeze=False)
     for axis in axes.flat: axis.axis("off")
     sure = evaluation.probabilities.max(1)
     for axis, i in zip(axes.flat, wrong):
         axis.imshow(images[place[evaluation.keys[i]]][0])
         axis.set_title(f"{evaluation.classes[evaluation.labels[i]][:12]} → {evaluation.classes[evaluation.predictions[i]][:12]}\n{sure[i]:.2f}", fontsize=7)
-    figure.tight_layout(pad=.3)
+    figure.tight_layout(pad=.6)
     return figure
 
 # %% ../nbs/24_report.ipynb #8cdbe38b

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .environment import FinetuneError
 
@@ -253,6 +253,7 @@ def open_rgb(
                 image = Image.alpha_composite(paper, image)
             return image if image.mode == "RGB" else image.convert("RGB")
     except BadImage: raise
+    except UnidentifiedImageError as error: raise BadImage("not an image of a known format") from error
     except Image.DecompressionBombError as error: raise BadImage(f"too many pixels ({error})") from error
     except Exception as error:  # a decoder may raise anything on damaged bytes; the reason is kept and counted
         raise BadImage(f"not an image that can be decoded ({type(error).__name__}: {error})") from error

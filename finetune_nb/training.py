@@ -64,7 +64,7 @@ class Run:
     "A finished or interrupted training run: its folder (if any), recipe, history (one row an epoch), model."
     def __init__(self, model, recipe, history, folder=None, meta=None): self.model, self.recipe, self.history, self.folder, self.meta = model, recipe, history, folder, meta or {}
     def __repr__(self): return self.summary()
-    def _repr_html_(self): return f"<pre>{self.summary()}</pre>"
+    def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'
     def summary(self): # → the history as a table in text
         names = [n for n in ("epoch", "rate", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "trained", "set_aside") if n in self.history[-1]] if self.history else []
         rows = [" ".join(f"{name:>14}" for name in names)]
