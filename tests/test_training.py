@@ -45,15 +45,17 @@ def quiet(*args, **options):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_oracle_in_float64(parts, optimizer):
-    """One epoch against torch's own optimizer, scheduler by hand and clipping, all in double precision."""
+def test_oracle(parts, optimizer):
+    """One epoch against torch's own optimizer with schedule and clipping by hand: SGD in double precision; Adam, whose first steps are
+    the sign of the gradient and so magnify any rounding, in the same precision and without the fused kernel."""
+    dtype = torch.float64 if optimizer == "sgd" else torch.float32
     recipe = Recipe(epochs=1, batch_size=16, lr=0.01, optimizer=optimizer, body_lr=0.3, label_smoothing=0.1, clip_norm=1.0, channels_last=False)
-    ours, theirs = net(), net().double()
+    ours, theirs = net(), net().to(dtype)
     quiet(ours, parts[0], recipe=recipe)
     head = list(theirs.fc.parameters())
     rest = [p for n, p in theirs.named_parameters() if not n.startswith("fc")]
     groups = [{"params": [p for p in ps if (p.ndim > 1) == decay], "scale": scale, "weight_decay": recipe.weight_decay * decay} for ps, scale in ((head, 1), (rest, 0.3)) for decay in (True, False)]
-    opt = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True) if optimizer == "sgd" else torch.optim.AdamW(groups, lr=0.01)
+    opt = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True) if optimizer == "sgd" else torch.optim.AdamW(groups, lr=0.01, fused=False)
     batches = list(parts[0].loader(batch_size=16, size=32, shuffle=True, seed=0, epoch=0))
     theirs.train()
     for step, batch in enumerate(batches):
@@ -61,16 +63,13 @@ def test_oracle_in_float64(parts, optimizer):
             group["lr"] = 0.01 * rate(step, len(batches), recipe) * group["scale"]
             if optimizer == "sgd":
                 group["momentum"] = momentum_at(step, len(batches), recipe)
-        loss = F.cross_entropy(theirs(to_input(batch.pixels, theirs).double()), batch.labels, label_smoothing=0.1)
+        loss = F.cross_entropy(theirs(to_input(batch.pixels, theirs).to(dtype)), batch.labels, label_smoothing=0.1)
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         opt.step()
-    gap = torch.cat([(a.double() - b).abs().flatten()[::7] for a, b in zip(ours.parameters(), theirs.parameters())])
-    if optimizer == "adamw":  # its step is the sign of the gradient where that is near 0, which rounding can turn
-        assert gap.max() < 0.02 and gap.quantile(0.99) < 1e-3, (gap.max(), gap.quantile(0.99))
-    else:
-        assert gap.max() < 2e-3, gap.max()
+    gap = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert gap < 2e-3, gap
 
 
 def test_schedule():
