@@ -122,7 +122,7 @@ def test_run_is_kept_and_found_again(parts, tmp_path):
     again = Run.load(tmp_path)
     assert again.recipe == SMALL and again.history == run.history and digest(again.model) == digest(model)
     assert [row["epoch"] for row in run.history] == [0, 1] and run.history[0]["valid_accuracy"] <= 1
-    assert "train_loss" in run.summary() and run.meta["versions"]["torch"] == torch.__version__.split("+")[0] or run.meta["versions"]["torch"]
+    assert "train_loss" in run.summary() and run.meta["versions"]["torch"] == torch.__version__.split("+")[0]
     with pytest.raises(FinetuneError, match="holds no run"):
         Run.load(tmp_path / "nowhere")
 
@@ -253,7 +253,7 @@ def test_nan_stops_and_the_last_good_state_stays(parts, tmp_path):
         quiet(net(), parts[0], recipe=SMALL.replace(lr=1e25, clip_norm=0, schedule="constant", warmup=0, epochs=3), folder=tmp_path, save_every=1)
     assert str(tmp_path) in str(caught.value)
     for tensor in load_state_tensors(tmp_path).values():
-        assert torch.isfinite(tensor).all() or tensor.abs().max() > 1e20  # nothing that had become NaN was written
+        assert torch.isfinite(tensor).all()  # nothing that had become NaN was written
 
 
 def load_state_tensors(folder):
