@@ -14,7 +14,8 @@ _HOMES = {
     "evaluation": ("Evaluation", "Ledger", "evaluate"),
     "training": ("Recipe", "Run", "fit", "recalibrate"),
     "report": ("write_report", "write_card"),
-    "application": ("FineTuner", "FineTuneResNet", "ResNet", "ResNet微调模型", "demo", "fine_tune", "predict", "pretrain"),
+    "application": ("FineTuner", "FineTuneResNet", "ResNet", "ResNet微调模型", "fine_tune", "predict"),
+    "shipped": ("demo", "pretrain"),
     "checks": ("check",),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
@@ -23,7 +24,8 @@ __all__ = sorted(_WHERE)
 
 def __getattr__(name):
     import importlib
-    if name not in _WHERE: raise AttributeError(f"module 'finetune_nb' has no name {name!r}: it has {', '.join(__all__)}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'finetune_nb' has no name {name!r}: it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"finetune_nb.{_WHERE[name]}"), name)
 
 

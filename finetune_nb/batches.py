@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .environment import FinetuneError, keyed_uniform, mix64
-from .sources import BadImage, fit_square, open_rgb
+from .sources import BadImage, decode_rgb, fit_square
 
 # %% ../nbs/22_batches.ipynb #f044f776
 def epoch_order(
@@ -86,7 +86,8 @@ def crop_box(
 # %% ../nbs/22_batches.ipynb #5a0c9fad
 @dataclass
 class Batch:
-    "What a loader yields: pixels uint8 [B, 3, S, S] in channels-last layout, labels int64 [B], rows int64 [B] of the index, and the next position."
+    """What a loader yields: pixels uint8 [B, 3, S, S] in channels-last layout, labels int64 [B], rows int64 [B] of the
+    index, and the next position."""
     pixels: torch.Tensor
     labels: torch.Tensor
     rows: np.ndarray
@@ -94,9 +95,10 @@ class Batch:
 
 
 class Loader:
-    "Batches of an `Images`; `len()` is the number of batches that are left from `start`, `bad` maps rows set aside to the reason."
+    """Batches of an `Images`; `len()` is the number of batches that are left from `start`, `bad` maps rows set aside to
+    the reason."""
     def __init__(self,
-        images, # with `rows`, `labels`, `read(row)`, `pixel_cache(size, crop_ratio)`
+        images, # with `rows`, `labels`, `lengths_at(places)`, `read(row)`, `pixel_cache(size, crop_ratio)`
         batch_size:int=64, # of the global batch, over all ranks
         size:int=32, # side of the squares in pixels
         crop_ratio:float=1.0, # see `sources.fit_square`
@@ -107,8 +109,10 @@ class Loader:
         workers:int=2, # threads that decode ahead; 0 decodes in place
         rank:int=0, world:int=1, # this process's slice of each global batch
     ):
-        if augment not in AUGMENTATIONS: raise FinetuneError(f"augment={augment!r} does not exist: choose from {', '.join(AUGMENTATIONS)}")
-        if batch_size < 1 or batch_size % world: raise FinetuneError(f"batch_size={batch_size} must be a positive multiple of the {world} ranks")
+        if augment not in AUGMENTATIONS:
+            raise FinetuneError(f"augment={augment!r} does not exist: choose from {', '.join(AUGMENTATIONS)}")
+        if batch_size < 1 or batch_size % world:
+            raise FinetuneError(f"batch_size={batch_size} must be a positive multiple of the {world} ranks")
         if len(images) == 0: raise FinetuneError("there are no images to load: the selection is empty")
         self.images, self.batch_size, self.size, self.crop_ratio, self.augment = images, batch_size, size, crop_ratio, augment
         self.shuffle, self.seed, self.epoch, self.start, self.workers = shuffle, seed, epoch, start, workers
@@ -129,7 +133,7 @@ class Loader:
             for span in spans:
                 yield self._batch(*span)
             return
-        with concurrent.futures.ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+        with concurrent.futures.ThreadPoolExecutor(self._threads(), thread_name_prefix="decode") as pool:
             ahead = deque()
             try:
                 for span in spans:
@@ -138,6 +142,17 @@ class Loader:
                 while ahead: yield ahead.popleft().result()
             finally:
                 for job in ahead: job.cancel()
+
+    @property
+    def decoded(self): # whether every square lies in the cache: there is nothing left but to augment
+        return self.cache is not None and bool(self.cache.filled.all())
+
+    def _threads(self):
+        """One for small images that are still to be decoded: two would spend more time in handing each other the
+        interpreter than in decoding."""
+        if self.decoded: return self.workers
+        lengths = self.images.lengths_at(np.arange(min(64, len(self.images))))
+        return 1 if 0 < lengths.mean() < 8192 else self.workers
 
     def _batch(self, first, last):
         share = (last - first)/self.world
@@ -159,8 +174,9 @@ class Loader:
         for i, row in enumerate(rows):
             if self.cache is not None and self.cache.filled[row]: out[i] = self.cache.pixels[row]; continue
             try:
-                image = open_rgb(self.images.read(row), 0 if self.size <= 64 else round(self.size/self.crop_ratio)*(2 if self.decode_crop else 1))
-                box = crop_box(u[i], image.width/image.height) if self.decode_crop else None
+                image = decode_rgb(self.images.read(row), 0 if self.size <= 64
+                                   else round(self.size/self.crop_ratio)*(2 if self.decode_crop else 1))
+                box = crop_box(u[i], image.shape[1]/image.shape[0]) if self.decode_crop else None
                 out[i] = fit_square(image, self.size, self.crop_ratio, box)
             except BadImage as error:
                 good[i], self.bad[int(row)] = False, str(error)
@@ -172,6 +188,7 @@ class Loader:
 class PixelCache:
     "Decoded squares uint8 [N, S, S, 3] with a mark for each row that is there; rows fill as they are first used."
     def __init__(self, n, size, pixels=None): # `pixels` where they all lie in memory already
-        self.pixels, self.filled = np.zeros((n, size, size, 3), np.uint8) if pixels is None else pixels, np.full(n, pixels is not None)
+        self.pixels, self.filled = np.zeros((n, size, size, 3), np.uint8) if pixels is None else pixels, np.full(n,
+            pixels is not None)
 
     def put(self, row, square): self.pixels[row] = square; self.filled[row] = True

@@ -70,7 +70,8 @@ def _(answer):
 # %% ../nbs/99_checks.ipynb #9fa80bae
 @_checker("3.1")
 def _(answer):
-    if answer("2.9.1", "2.11.0") is True and answer("2.11.0", "2.11.0") is False and answer("3.0.0", "2.11.0") is False: return ""
+    if answer("2.9.1", "2.11.0") is True and answer("2.11.0", "2.11.0") is False and answer("3.0.0", "2.11.0") is False:
+        return ""
     return "compared as text, '2.9' is larger than '2.11'" if answer("2.9.1", "2.11.0") is False else "older means: smaller as a tuple of numbers"
 
 @_checker("3.2")
@@ -106,7 +107,8 @@ def _(answer):
     if mask is None: return "return a boolean mask, one entry an image"
     mask = np.asarray(mask)
     if mask.shape != labels.shape: return f"the mask needs {len(labels)} entries"
-    if mask.sum() == 20 and mask[90:].sum() != 2: return "20 of 100, but the rare class got its share by luck: choose within each class"
+    if mask.sum() == 20 and mask[90:].sum() != 2:
+        return "20 of 100, but the rare class got its share by luck: choose within each class"
     return "" if mask[:90].sum() == 18 and mask[90:].sum() == 2 else "a fifth of each class: 18 of the first, 2 of the second"
 
 @_checker("4.3")
@@ -155,13 +157,16 @@ def _(answer):
     found = answer(net)
     if found is None or len(found) != 2: return "return two lists: with decay, without"
     shapes = [sorted(tuple(p.shape) for p in part) for part in found]
-    if shapes[0] == sorted(tuple(p.shape) for n, p in net.named_parameters() if n.endswith("weight")): return "BatchNorm's weight is a scale, not a filter: no decay on it"
+    if shapes[0] == sorted(tuple(p.shape) for n, p in net.named_parameters() if n.endswith("weight")):
+        return "BatchNorm's weight is a scale, not a filter: no decay on it"
     return "" if shapes == [sorted([(4, 3, 3, 3), (2, 4)]), sorted([(4,), (4,), (4,), (2,)])] else "filters and matrices have more than one dimension; biases and norms have one"
 
 @_checker("9.3")
 def _(answer):
-    if answer([1., .8, .7, .75, .9], 2) == 4 and answer([1., .9, .8, .7], 2) is None and answer([.5, .6, .4, .5, .45], 2) == 4: return ""
-    if answer([.5, .6, .4, .5, .45], 2) in (1, 2): return "one worse epoch is not two: the count begins anew at each new best"
+    if answer([1., .8, .7, .75, .9], 2) == 4 and answer([1., .9, .8, .7], 2) is None and answer([.5, .6, .4, .5, .45], 2) == 4:
+        return ""
+    if answer([.5, .6, .4, .5, .45], 2) in (1, 2):
+        return "one worse epoch is not two: the count begins anew at each new best"
     return "stop at the first epoch that lies `patience` epochs after the best one; None if there is none"
 
 # %% ../nbs/99_checks.ipynb #ebb724fa
@@ -197,5 +202,6 @@ def _(answer):
 
 @_checker("14.3")
 def _(answer):
-    if _close(answer([.9, .95, .93], [.5, .6, .4]), .95): return "the best figure on the reported images is chosen by luck: choose by the validation loss"
+    if _close(answer([.9, .95, .93], [.5, .6, .4]), .95):
+        return "the best figure on the reported images is chosen by luck: choose by the validation loss"
     return "" if _close(answer([.9, .95, .93], [.5, .6, .4]), .93) else "the test accuracy of the epoch with the lowest validation loss"

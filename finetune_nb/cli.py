@@ -15,14 +15,15 @@ import typer
 from .environment import FinetuneError, doctor as checks
 
 # %% ../nbs/20_command_line.ipynb #8684c3ea
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune vision models: one verb a stage.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Fine-tune vision models: one verb a stage.")
 _Folder = typer.Option(Path("runs/latest"), "--folder", "-o", help="where the run is kept")
 
 
 @app.command()
 def demo(folder:Path=typer.Option(Path("runs/demo"), "--folder", "-o", help="where the report goes"), seed:int=0):
     "Fine-tune the shipped checkpoint on handwritten digits, offline, and compare with training from scratch."
-    from finetune_nb.application import demo as run
+    from finetune_nb.shipped import demo as run
     report = run(folder, seed, progress=sys.stderr.isatty(), echo=typer.echo)
     typer.echo(f"report: {report.resolve()}")
 
@@ -57,7 +58,8 @@ def train(
 
 
 @app.command()
-def evaluate(model:Path=typer.Option(..., help="a run's folder or a model.safetensors"), data:str=typer.Option(...), split:Optional[str]=None, limit:Optional[int]=None, workers:int=2):
+def evaluate(model:Path=typer.Option(..., help="a run's folder or a model.safetensors"), data:str=typer.Option(...),
+             split:Optional[str]=None, limit:Optional[int]=None, workers:int=2):
     "Measure a trained model on a source of images."
     from finetune_nb.data import load_images
     from finetune_nb.evaluation import evaluate as measure
@@ -69,7 +71,8 @@ def evaluate(model:Path=typer.Option(..., help="a run's folder or a model.safete
 
 
 @app.command()
-def predict(model:Path=typer.Option(...), data:str=typer.Option(..., help="a folder of images, with or without classes"), workers:int=2):
+def predict(model:Path=typer.Option(...),
+            data:str=typer.Option(..., help="a folder of images, with or without classes"), workers:int=2):
     "Print key, class and probability of each image, separated by tabs."
     from finetune_nb.application import predict as run
     from finetune_nb.data import load_images
@@ -81,14 +84,16 @@ def predict(model:Path=typer.Option(...), data:str=typer.Option(..., help="a fol
 
 
 @app.command()
-def pack(data:str=typer.Option(...), folder:Path=typer.Option(..., "--folder", "-o"), size:Optional[int]=None, encoding:str="jpeg", limit:Optional[int]=None):
+def pack(data:str=typer.Option(...), folder:Path=typer.Option(..., "--folder", "-o"), size:Optional[int]=None,
+         encoding:str="jpeg", limit:Optional[int]=None):
     "Write WebDataset-compatible tar shards with a Parquet index."
     from finetune_nb.data import load_images
     typer.echo(repr(load_images(load_images(data, limit=limit).pack(folder, size=size, encoding=encoding))))
 
 
 @app.command()
-def report(folder:Path=_Folder, data:str=typer.Option(..., help="the source it was trained on"), limit:Optional[int]=None, seed:int=0):
+def report(folder:Path=_Folder, data:str=typer.Option(..., help="the source it was trained on"),
+           limit:Optional[int]=None, seed:int=0):
     "Write the report of a finished run anew, from its stored evaluation."
     from finetune_nb.data import load_images
     from finetune_nb.evaluation import Evaluation
@@ -100,9 +105,10 @@ def report(folder:Path=_Folder, data:str=typer.Option(..., help="the source it w
 
 
 @app.command()
-def pretrain(folder:Path=typer.Option(Path("runs/pretrain"), "--folder", "-o"), out:Optional[Path]=typer.Option(None, help="where the checkpoint and its card go"), limit:int=120_000):
+def pretrain(folder:Path=typer.Option(Path("runs/pretrain"), "--folder", "-o"),
+             out:Optional[Path]=typer.Option(None, help="where the checkpoint and its card go"), limit:int=120_000):
     "Make the shipped checkpoint from nothing: at most 30 minutes on two cores."
-    from finetune_nb.application import pretrain as run
+    from finetune_nb.shipped import pretrain as run
     typer.echo(f"checkpoint: {run(folder, out, limit, progress=sys.stderr.isatty())}")
 
 # %% ../nbs/20_command_line.ipynb #7a907b5f

@@ -40,7 +40,8 @@ def _glyphs(limit, seed, defects):
     pixels, truth = np.array(pixels), labels.copy()
     given, kinds = plant_defects(pixels, truth, defects, seed)
     images = with_splits(from_arrays(pixels, given, CLASSES), seed)
-    table = images.table.append_column("true_label", pa.array(truth)).append_column("true_defect", pa.array(kinds).dictionary_encode())
+    table = images.table.append_column("true_label", pa.array(truth)).append_column("true_defect",
+        pa.array(kinds).dictionary_encode())
     return images.with_table(table)
 
 # %% ../nbs/04_data.ipynb #6713dd53
@@ -57,7 +58,9 @@ def _download(name, root):
     plan = {"cifar10": (("train", {"train": True}), ("test", {"train": False})), "imagenette": (("train", {"split": "train"}), ("valid", {"split": "val"})),
             "flowers102": (("train", {"split": "train"}), ("valid", {"split": "val"}), ("test", {"split": "test"})),
             "pets": (("train", {"split": "trainval"}), ("test", {"split": "test"}))}[name]
-    try: parts = [(split, getattr(sets, KNOWN[name][1])(root=str(home), download=True, **kwargs)) for split, kwargs in plan]
+    try:
+        parts = [(split, getattr(sets, KNOWN[name][1])(root=str(home), download=True, **kwargs))
+                 for split, kwargs in plan]
     except (OSError, RuntimeError) as error:
         raise FinetuneError(f"{name} could not be downloaded to {home} ({error}): check the network, or put the data there and run again") from error
     def samples():
@@ -85,13 +88,15 @@ def _find(source, root):
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", text)
     if braces:
         first, last = braces.groups()
-        return [Path(text[:braces.start()] + str(i).zfill(len(first)) + text[braces.end():]) for i in range(int(first), int(last) + 1)]
+        return [Path(text[:braces.start()] + str(i).zfill(len(first)) + text[braces.end():])
+                for i in range(int(first), int(last) + 1)]
     path = Path(text)
     if any(mark in text for mark in "*?["):
         found = [Path(p) for p in sorted(glob.glob(text))]
         if not found: raise FinetuneError(f"no file matches {text}: check the path and the pattern")
         return found
-    if not path.exists(): raise FinetuneError(f"{path} does not exist: give a folder, a .tar, a .parquet, or one of {', '.join(KNOWN)}")
+    if not path.exists():
+        raise FinetuneError(f"{path} does not exist: give a folder, a .tar, a .parquet, or one of {', '.join(KNOWN)}")
     if path.is_dir() and (path/"index.parquet").is_file(): return [path/"index.parquet"]
     if path.is_dir():
         for kind in ("*.tar", "*.parquet"):
@@ -118,7 +123,8 @@ def _from_files(source, root, seed):
     images = Images(save_index(table, index))
     if "train" in splits and paths[0].name != "index.parquet":  # a packed part need not hold every class
         absent = set(range(len(classes))) - set(images.split("train").labels.tolist())
-        if absent: raise FinetuneError(f"{source}: the class {classes[min(absent)]} has no training image: add some, or remove its folders")
+        if absent:
+            raise FinetuneError(f"{source}: the class {classes[min(absent)]} has no training image: add some, or remove its folders")
     return images
 
 # %% ../nbs/04_data.ipynb #d0664ca2
@@ -130,8 +136,10 @@ def load_images(
     seed:int=0, # of splits, limits and glyphs
     defects:dict=None, # glyphs only: shares of planted defects, as {"label": .1}
 ) -> Images:
-    "Index a source of images; nothing is decoded or copied. Raises `FinetuneError` for what is missing, empty or does not fit."
-    if defects and source != "glyphs": raise FinetuneError("defects can be planted in glyphs only, where the truth is known")
+    """Index a source of images; nothing is decoded or copied. Raises `FinetuneError` for what is missing, empty or does
+    not fit."""
+    if defects and source != "glyphs":
+        raise FinetuneError("defects can be planted in glyphs only, where the truth is known")
     if source == "digits": images = _digits(seed)
     elif source == "glyphs": images = _glyphs(limit, seed, defects)
     else: images = _from_files(source, Path(root or os.environ.get("FINETUNE_NB_DATA") or cache_folder()/"data"), seed)
@@ -144,5 +152,6 @@ def three_way(
     images:Images, # with splits
     seed:int=0, # of the part that is cut off where a split is missing
 ) -> tuple: # (train, valid, test)
-    "Rows to train on, to choose by, and to report. Where only one of valid and test was given, it reports, and a stratified sixth of train, at most 2,000 images, chooses."
+    """Rows to train on, to choose by, and to report. Where only one of valid and test was given, it reports, and a
+    stratified sixth of train, at most 2,000 images, chooses."""
     return images.three_way(seed)

@@ -24,7 +24,8 @@ def rate(
     total:int, # steps of the whole run
     recipe, # its schedule and warmup
 ) -> float: # the multiple of recipe.lr at this step
-    "The schedule, a pure function of the step: linear warm-up, then cosine to 0 (one-cycle and cosine) or flat (constant)."
+    """The schedule, a pure function of the step: linear warm-up, then cosine to 0 (one-cycle and cosine) or flat
+    (constant)."""
     warm = recipe.warmup*total if recipe.schedule != "constant" or recipe.warmup else 0
     if step < warm: return (step + 1)/(warm + 1)
     if recipe.schedule == "constant": return 1.0
@@ -38,7 +39,8 @@ def momentum_at(step, total, recipe):
 # %% ../nbs/28_engine.ipynb #db408ffa
 def _full(model, recipe, epoch):
     "Every layer learns; during `freeze_epochs` the head alone."
-    return {name: 0.0 if epoch < recipe.freeze_epochs and name != "fc" else 1.0 if name == "fc" else recipe.body_lr for name in layer_names(model)}
+    return {name: 0.0 if epoch < recipe.freeze_epochs and name != "fc" else 1.0 if name == "fc" else recipe.body_lr
+            for name in layer_names(model)}
 
 
 def _head(model, recipe, epoch):
@@ -46,7 +48,8 @@ def _head(model, recipe, epoch):
     return {name: float(name == "fc") for name in layer_names(model)}
 
 
-STRATEGIES = {"full": _full, "head": _head}  # name → (model, recipe, epoch) → {layer: multiple of the rate; 0 is frozen}
+# name → (model, recipe, epoch) → {layer: multiple of the rate; 0 is frozen}
+STRATEGIES = {"full": _full, "head": _head}
 
 def apply_strategy(model, recipe, epoch):
     "Freeze and free the layers for an epoch. A pure function of the epoch, so a resumed run cannot forget it."
@@ -65,20 +68,24 @@ def make_optimizer(model, recipe):
     groups = []
     for name in layer_names(model):
         inside = list(getattr(model, name).parameters())
-        for decay, chosen in ((recipe.weight_decay, [p for p in inside if p.ndim > 1]), (0.0, [p for p in inside if p.ndim <= 1])):
+        for decay, chosen in ((recipe.weight_decay, [p for p in inside if p.ndim > 1]),
+                              (0.0, [p for p in inside if p.ndim <= 1])):
             if chosen: groups.append({"params": chosen, "layer": name, "weight_decay": decay})
     if recipe.optimizer == "adamw": return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
 
 # %% ../nbs/28_engine.ipynb #87c7b36d
 def save_state(path, model, optimizer, average, meta):
-    "One file holds all that a run needs to go on: weights, optimizer state, average, and where it stood. Replaced whole."
+    """One file holds all that a run needs to go on: weights, optimizer state, average, and where it stood. Replaced
+    whole."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     state = optimizer.state_dict()
     for index, slots in state["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items() if value is not None}
+        tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()
+                    if value is not None}
     if average is not None: tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, value in tensors.items()}
     write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"meta": json.dumps(meta)}))
 
 
@@ -89,14 +96,16 @@ def load_state(path, model, optimizer, average):
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         raise FinetuneError(f"{path} is damaged ({error}): start anew with resume=False, or put a backup there") from error
-    part = lambda prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    part = lambda prefix: {name.removeprefix(prefix): value for name, value in tensors.items()
+                           if name.startswith(prefix)}
     model.load_state_dict(part("model."))
     if average is not None: average.load_state_dict(part("average."))
     state, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in part("optimizer.").items():
         index, slot = name.split(".", 1)
         # A fused optimizer walks through memory: its tensors must lie as the parameter does, or they are paired wrongly.
-        if value.shape == parameters[int(index)].shape: value = torch.empty_like(parameters[int(index)], dtype=value.dtype).copy_(value)
+        if value.shape == parameters[int(index)].shape:
+            value = torch.empty_like(parameters[int(index)], dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta
@@ -115,11 +124,16 @@ class Loop:
         self.per_epoch = len(self._loader(0, 0))
         self.total = self.per_epoch*recipe.epochs
         # `clock` is wall time spent over all sittings; it decides nothing.
-        self.at = {"epoch": 0, "position": 0, "step": 0, "sums": [0.0, 0, 0], "best": None, "history": [], "stopped": False, "set_aside": {}, "clock": 0.0}
+        self.at = {"epoch": 0, "position": 0, "step": 0, "sums": [0.0, 0, 0], "best": None, "history": [],
+                   "stopped": False, "set_aside": {}, "clock": 0.0}
 
     def _loader(self, epoch, start):
-        return self.train.loader(batch_size=self.recipe.batch_size, size=self.size, crop_ratio=self.model.info["crop_ratio"], augment=self.recipe.augment,
-                                 shuffle=True, seed=self.recipe.seed, epoch=epoch, start=start, workers=self.workers)
+        loader = self.train.loader(batch_size=self.recipe.batch_size, size=self.size, crop_ratio=self.model.info["crop_ratio"],
+                                   augment=self.recipe.augment, shuffle=True, seed=self.recipe.seed, epoch=epoch, start=start,
+                                   workers=self.workers)
+        # On a CPU the cores that would augment ahead are those that train: threads would only get in their way.
+        if self.device.type == "cpu" and loader.decoded: loader.workers = 0
+        return loader
 
     @property
     def kept(self): return self.average if self.average is not None else self.model
@@ -129,13 +143,16 @@ class Loop:
         return {"recipe": self.recipe.as_dict(), "data": self.train.fingerprint(), "valid": self.valid.fingerprint() if self.valid is not None else None,
                 "arch": self.model.info["arch"], "num_classes": self.model.info["num_classes"], "batchnorm": self.model.info["batchnorm"]}
 
-    def save(self): save_state(self.folder/"state.safetensors", self.model, self.optimizer, self.average, self.at | {"identity": self.identity(), "threads": torch.get_num_threads()})
+    def save(self):
+        save_state(self.folder/"state.safetensors", self.model, self.optimizer, self.average,
+                   self.at | {"identity": self.identity(), "threads": torch.get_num_threads()})
 
     def step(self, batch, scales):
         recipe, model, step = self.recipe, self.model, self.at["step"]
         multiple, momentum = rate(step, self.total, recipe), momentum_at(step, self.total, recipe)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr*multiple*(scales.get(group["layer"], 0) or (recipe.body_lr if model.info["batchnorm"] == "train" else 0))
+            group["lr"] = recipe.lr*multiple*(scales.get(group["layer"], 0)
+                                              or (recipe.body_lr if model.info["batchnorm"] == "train" else 0))
             if recipe.optimizer == "sgd": group["momentum"] = momentum
         # Dropout and the like draw from a generator set by the step: there is no generator state to lose.
         torch.manual_seed(int(mix64(np.uint64(recipe.seed) ^ mix64(np.uint64(step)))) >> 1)
@@ -151,7 +168,8 @@ class Loop:
             raise FinetuneError(f"the loss became {value} at step {step} (epoch {self.at['epoch']}, the batch with {', '.join(keys)} …): lower lr={recipe.lr}, or set clip_norm; {where}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if recipe.clip_norm: torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], recipe.clip_norm)
+        if recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], recipe.clip_norm)
         self.optimizer.step()
         if self.average is not None: self._follow(step)
         self.at["step"] += 1
@@ -177,7 +195,8 @@ class Loop:
                 at["clock"] += time.perf_counter() - begun; begun = time.perf_counter()
                 at["set_aside"] |= self._names(loader.bad)
                 self.save()
-        if at["sums"][2] == 0: raise FinetuneError(f"no image of the epoch could be decoded; the first reason: {next(iter(loader.bad.values()))}")
+        if at["sums"][2] == 0:
+            raise FinetuneError(f"no image of the epoch could be decoded; the first reason: {next(iter(loader.bad.values()))}")
         at["set_aside"] |= self._names(loader.bad)
         at["clock"] += time.perf_counter() - begun
         self.close_epoch(scales)
@@ -206,9 +225,11 @@ class Loop:
     def finish(self):
         "Choose the weights to keep, put them into the caller's model, and re-estimate BatchNorm if that was asked for."
         if self.recipe.patience and self.at["best"] is not None:
-            self.model.load_state_dict(load_model(self.folder/"best.safetensors").state_dict() if self.folder else self.best_state)
+            self.model.load_state_dict(load_model(self.folder/"best.safetensors").state_dict() if self.folder
+                                       else self.best_state)
         elif self.average is not None: self.model.load_state_dict(self.average.state_dict())
-        if self.model.info["batchnorm"] == "recalibrate": recalibrate(self.model, self.train, self.size, self.device, self.workers)
+        if self.model.info["batchnorm"] == "recalibrate":
+            recalibrate(self.model, self.train, self.size, self.device, self.workers)
         for parameter in self.model.parameters(): parameter.requires_grad_(True)
         self.model.eval()
 
@@ -221,7 +242,8 @@ def recalibrate(model, images, size=None, device="auto", workers=2, limit=2048):
     old = [m.momentum for m in norms]
     for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
     seen = 0
-    for batch in images.loader(batch_size=128, size=size or model.info["size"], crop_ratio=model.info["crop_ratio"], shuffle=True, workers=workers):
+    for batch in images.loader(batch_size=128, size=size or model.info["size"], crop_ratio=model.info["crop_ratio"],
+                               shuffle=True, workers=workers):
         if len(batch.labels) > 1: model(to_input(batch.pixels, model, device)); seen += len(batch.labels)
         if seen >= limit: break
     for m, momentum in zip(norms, old): m.momentum = momentum

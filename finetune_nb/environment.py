@@ -96,7 +96,8 @@ def sha256_file(
     path, # any file
 ) -> str:
     "The SHA-256 of a file's bytes, in hexadecimal."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
 
 # %% ../nbs/03_environment.ipynb #a6c79197
 def fingerprint(
@@ -105,7 +106,8 @@ def fingerprint(
     "A short hash (16 hexadecimal digits) that tells two inputs apart; equal inputs have equal fingerprints."
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray): data = f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
+        if isinstance(part, np.ndarray):
+            data = f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
         elif isinstance(part, bytes): data = part
         else: data = json.dumps(part, sort_keys=True, default=str, ensure_ascii=False).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
@@ -137,18 +139,23 @@ def keyed_uniform(
 
 # %% ../nbs/03_environment.ipynb #ee4fe712
 def doctor() -> list: # (check, result, what to do) rows; the third is empty where all is well
-    "What this machine has, and what would stop a run: versions, device, threads, memory, disk, data, shipped checkpoint."
-    rows = [(name, version or "not installed", "" if version else f"pip install {name}") for name, version in versions().items()]
+    """What this machine has, and what would stop a run: versions, device, threads, memory, disk, data, shipped
+    checkpoint."""
+    rows = [(name, version or "not installed", "" if version else f"pip install {name}")
+            for name, version in versions().items()]
     rows.append(("device", str(pick_device()), ""))
     rows.append(("threads", str(torch.get_num_threads()), ""))
     free = shutil.disk_usage(cache_folder()).free
-    rows.append(("cache folder", f"{cache_folder()} ({free/1e9:.1f} GB free)", "" if free > 2e9 else "make room, or set FINETUNE_NB_CACHE"))
+    rows.append(("cache folder", f"{cache_folder()} ({free/1e9:.1f} GB free)", "" if free > 2e9
+                 else "make room, or set FINETUNE_NB_CACHE"))
     data = os.environ.get("FINETUNE_NB_DATA")
-    rows.append(("FINETUNE_NB_DATA", data or "not set", "" if data is None or Path(data).is_dir() else "set it to a folder that exists"))
+    rows.append(("FINETUNE_NB_DATA", data or "not set", "" if data is None or Path(data).is_dir()
+                 else "set it to a folder that exists"))
     try: rows.append(("shipped checkpoint", str(shipped_file("pretrained_resnet_model.pth")), ""))
     except FinetuneError as error: rows.append(("shipped checkpoint", "missing", str(error)))
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        rows.append(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "set", "unset it: other programs will run the code inside checkpoints"))
+        rows.append(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "set",
+                     "unset it: other programs will run the code inside checkpoints"))
     return rows
 
 # %% ../nbs/03_environment.ipynb #4ac08407
@@ -158,4 +165,5 @@ def notebook_hash(
     "The hash of a notebook's code: its code cells without outputs and without the injected parameters."
     cells = (path if isinstance(path, dict) else json.loads(Path(path).read_text(encoding="utf-8")))["cells"]
     tags = lambda cell: cell["metadata"].get("tags", [])
-    return fingerprint(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and not {"parameters", "injected-parameters"} & set(tags(cell))])
+    return fingerprint(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
+                        and not {"parameters", "injected-parameters"} & set(tags(cell))])

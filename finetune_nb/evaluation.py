@@ -22,7 +22,8 @@ def metrics(
     labels:np.ndarray, # int [N]
     weights:np.ndarray=None, # how often each row counts, [N] or [R, N] for R bootstrap replicates
 ) -> dict: # name → float, or [R] where weights are [R, N]
-    "Accuracy, balanced accuracy, macro-F1, expected calibration error (15 equal bins) and negative log-likelihood, of weighted rows."
+    """Accuracy, balanced accuracy, macro-F1, expected calibration error (15 equal bins) and negative log-likelihood, of
+    weighted rows."""
     n, k = logits.shape
     w = np.ones((1, n)) if weights is None else np.atleast_2d(weights).astype(np.float64)
     logp = logits - logits.max(1, keepdims=True)
@@ -39,7 +40,8 @@ def metrics(
     gap = np.abs(w @ (bins*(right - sure)[:, None])).sum(1)/total
     out = {"accuracy": w @ right/total, "balanced_accuracy": recall.sum(1)/seen.sum(1), "macro_f1": f1.sum(1)/(by_class + called > 0).sum(1),
            "ece": gap, "nll": w @ -logp[np.arange(n), labels]/total}
-    return {name: value if weights is not None and np.ndim(weights) == 2 else float(value[0]) for name, value in out.items()}
+    return {name: value if weights is not None and np.ndim(weights) == 2 else float(value[0])
+            for name, value in out.items()}
 
 # %% ../nbs/13_evaluation.ipynb #1d3b1110
 def bootstrap(
@@ -47,7 +49,8 @@ def bootstrap(
     labels:np.ndarray, # int [N]
     replicates:int=1000, level:float=.95, seed:int=0,
 ) -> dict: # name → (value, low, high)
-    "Each metric with its percentile interval over resamples stratified by class (Efron and Tibshirani 1993, chapter 13)."
+    """Each metric with its percentile interval over resamples stratified by class (Efron and Tibshirani 1993, chapter
+    13)."""
     rng, point = np.random.default_rng(seed), metrics(logits, labels)
     draws = {name: [] for name in point}
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels)]
@@ -87,12 +90,12 @@ class _Scores:
     def __init__(self, logits, labels, classes, keys=None, set_aside=()):
         self.logits, self.labels = np.asarray(logits, np.float32), np.asarray(labels, np.int64)
         self.classes, self.keys, self.set_aside = list(classes), None if keys is None else list(keys), dict(set_aside)
-        if len(self.labels) == 0: raise FinetuneError("there is nothing to evaluate: no image with a label could be read")
-        if self.logits.ndim != 2 or len(self.logits) != len(self.labels): raise FinetuneError(f"logits {self.logits.shape} and labels {self.labels.shape} do not match: one row of logits for each label")
+        if not len(self.labels): raise FinetuneError("there is nothing to evaluate: no image with a label could be read")
+        if self.logits.ndim != 2 or len(self.logits) != len(self.labels):
+            raise FinetuneError(f"logits {self.logits.shape} and labels {self.labels.shape} do not match: one row of logits for each label")
         if self.labels.min() < 0 or self.labels.max() >= self.logits.shape[1]:
             raise FinetuneError(f"labels run from {self.labels.min()} to {self.labels.max()}, the model has {self.logits.shape[1]} outputs: evaluate on the classes it was trained for")
         self._intervals = None
-
     def __len__(self): return len(self.labels)
     @property
     def predictions(self): return self.logits.argmax(1)
@@ -119,7 +122,7 @@ class _Scores:
         table, rows = self.confusion(), []
         for i, name in enumerate(self.classes):
             n, called = int(table[i].sum()), int(table[:, i].sum())
-            if n: rows.append((name, n, table[i, i]/n, *wilson(int(table[i, i]), n), table[i, i]/called if called else 0.0))
+            if n: rows.append((name, n, table[i, i]/n, *wilson(int(table[i, i]), n), table[i, i]/max(called, 1)))
         return sorted(rows, key=lambda row: row[2])
 
 # %% ../nbs/13_evaluation.ipynb #76f57509
@@ -129,9 +132,9 @@ class Evaluation(_Scores):
         sure = self.probabilities.max(1)
         wrong = np.flatnonzero(self.predictions != self.labels)
         return wrong[np.argsort(-sure[wrong], kind="stable")]
-
     def compare(self, other): # → dict: difference in accuracy with its 95% interval, McNemar's p, and what may be said
-        if len(self) != len(other) or not (self.labels == other.labels).all() or (self.keys and other.keys and self.keys != other.keys):
+        other_keys = bool(self.keys and other.keys) and self.keys != other.keys
+        if len(self) != len(other) or other_keys or not (self.labels == other.labels).all():
             raise FinetuneError("the two evaluations are not of the same images in the same order: evaluate both models on one selection")
         a, b = self.predictions == self.labels, other.predictions == other.labels
         delta = a.astype(float) - b
@@ -141,24 +144,26 @@ class Evaluation(_Scores):
         verdict = "no difference" if p >= .05 else "first better" if delta.mean() > 0 else "second better"
         low, high = map(float, np.quantile(draws, (.025, .975)))
         return {"difference": float(delta.mean()), "low": low, "high": high, "p": p, "verdict": verdict}
-
     def summary(self): # → one line a metric, with its interval
         lines = [f"{'accuracy':18} {self.accuracy:.4f}  [{self.accuracy_interval[0]:.4f}, {self.accuracy_interval[1]:.4f}]  n={len(self):,}"]
-        lines += [f"{name:18} {v:.4f}  [{low:.4f}, {high:.4f}]" for name, (v, low, high) in self.intervals.items() if name != "accuracy"]
+        lines += [f"{name:18} {v:.4f}  [{low:.4f}, {high:.4f}]" for name, (v, low, high) in self.intervals.items()
+                  if name != "accuracy"]
         return "\n".join(lines + ([f"{len(self.set_aside)} images set aside"] if self.set_aside else []))
     def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'
     def __repr__(self): return self.summary()
-
     def save(self, path): # one .npz without pickles
         meta = json.dumps({"classes": self.classes, "keys": self.keys, "set_aside": {str(k): v for k, v in self.set_aside.items()}}, ensure_ascii=False)
         def write(temporary):
-            with open(temporary, "wb") as file: np.savez_compressed(file, logits=self.logits, labels=self.labels, meta=np.array(meta))
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, logits=self.logits, labels=self.labels, meta=np.array(meta))
         return write_atomic(path, write)
     @classmethod
     def load(cls, path):
         try:
-            with np.load(path, allow_pickle=False) as file: return cls(file["logits"], file["labels"], **json.loads(str(file["meta"])))
-        except (OSError, ValueError, KeyError) as error: raise FinetuneError(f"{path} is not a stored evaluation ({error}): evaluate again") from error
+            with np.load(path, allow_pickle=False) as file:
+                return cls(file["logits"], file["labels"], **json.loads(str(file["meta"])))
+        except (OSError, ValueError, KeyError) as error:
+            raise FinetuneError(f"{path} is not a stored evaluation ({error}): evaluate again") from error
 
 # %% ../nbs/13_evaluation.ipynb #a314c0e4
 def evaluate(
@@ -170,7 +175,8 @@ def evaluate(
     "Run a model over images once and keep the logits. Images that cannot be decoded are set aside and counted."
     device, was_training = pick_device(device) if isinstance(device, str) else device, model.training
     info = model.info
-    loader = images.loader(batch_size=batch_size, size=size or info["size"], crop_ratio=info["crop_ratio"], workers=workers)
+    loader = images.loader(batch_size=batch_size, size=size or info["size"], crop_ratio=info["crop_ratio"],
+                           workers=workers)
     model.to(device).eval()
     logits, labels, rows = [], [], []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -180,7 +186,8 @@ def evaluate(
             logits.append(model(x.contiguous(memory_format=torch.channels_last)).float().cpu().numpy())
             labels.append(batch.labels.numpy()); rows.append(batch.rows)
     model.train(was_training)
-    if not logits: raise FinetuneError(f"none of the {len(images)} images could be decoded; the first reason: {next(iter(loader.bad.values()), 'none')}")
+    if not logits:
+        raise FinetuneError(f"none of the {len(images)} images could be decoded; the first reason: {next(iter(loader.bad.values()), 'none')}")
     keys = images.table["key"].take(np.concatenate(rows)).to_pylist()
     names = {images.table["key"][row].as_py(): reason for row, reason in loader.bad.items()}
     return Evaluation(np.concatenate(logits), np.concatenate(labels), images.classes, keys, names)
@@ -201,14 +208,16 @@ class Ledger:
     @classmethod
     def load(cls, path):
         try: found = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error: raise FinetuneError(f"{path} is not a ledger ({error}): run the stage that writes it again") from error
+        except (OSError, ValueError) as error:
+            raise FinetuneError(f"{path} is not a ledger ({error}): run the stage that writes it again") from error
         ledger = cls(found["rows"])
         ledger.context = {k: v for k, v in found.items() if k != "rows"}
         return ledger
     def summary(self): # → a table in text
         lines = [f"{'stage':44} {'accuracy':>8}  {'95% interval':>16}  {'n':>6}"]
         for row in self.rows:
-            if "accuracy" in row: lines.append(f"{row['stage']:44} {row['accuracy'][0]:8.4f}  [{row['accuracy'][1]:.4f}, {row['accuracy'][2]:.4f}]  {row['n']:6,}")
+            if "accuracy" in row:
+                lines.append(f"{row['stage']:44} {row['accuracy'][0]:8.4f}  [{row['accuracy'][1]:.4f}, {row['accuracy'][2]:.4f}]  {row['n']:6,}")
         return "\n".join(lines)
     def __repr__(self): return self.summary()
     def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'

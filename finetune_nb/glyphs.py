@@ -127,7 +127,8 @@ def render_glyph(
     label = int(rng.integers(10 if rng.random() < 1/7 else len(CLASSES)))
     mask = _warp(rng, *_mask(rng, CLASSES[label]), size) if not hard else np.clip(_smooth_field(rng, size, 5), 0, 1)
     back = _background(rng, size)
-    if plain := rng.random() < .25: back = np.full((size, size, 3), rng.choice((0., rng.uniform(0, .2), rng.uniform(.8, 1))), np.float32)
+    if plain := rng.random() < .25:
+        back = np.full((size, size, 3), rng.choice((0., rng.uniform(0, .2), rng.uniform(.8, 1))), np.float32)
     while True:
         ink = rng.random(3) if rng.random() < .6 and not plain else np.full(3, rng.random())
         if abs((ink - back.mean((0, 1))) @ (.299, .587, .114)) > .22: break
@@ -138,7 +139,8 @@ def render_glyph(
     picture = Image.fromarray((np.clip(image, 0, 1)*255).astype(np.uint8))
     if rng.random() < .5:  # few pixels, as a scan or a thumbnail has
         small = int(rng.integers(max(4, size//4 - 1), max(6, size*3//4)))
-        picture = picture.resize((small, small), Image.Resampling.BOX).resize((size, size), Image.Resampling.BILINEAR if rng.random() < .5 else Image.Resampling.BICUBIC)
+        picture = picture.resize((small, small), Image.Resampling.BOX).resize((size, size), Image.Resampling.BILINEAR
+            if rng.random() < .5 else Image.Resampling.BICUBIC)
     if rng.random() < .2: picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(.3, 1.0)))
     pixels = np.asarray(picture, np.float32)
     if rng.random() < .4: pixels = pixels + rng.standard_normal(pixels.shape, np.float32)*rng.uniform(2, 20)
@@ -164,7 +166,8 @@ def render_many(
     with tempfile.TemporaryDirectory() as folder:
         jobs = [subprocess.Popen([sys.executable, "-c", program, str(seed), str(first), str(last), str(size), f"{folder}/{first}.npz"])
                 for first, last in zip(edges[:-1], edges[1:])]
-        if any(job.wait() for job in jobs): raise FinetuneError("a process that draws glyphs ended early: see its message above; often the memory or disk was full")
+        if any(job.wait() for job in jobs):
+            raise FinetuneError("a process that draws glyphs ended early: see its message above; often the memory or disk was full")
         parts = [np.load(f"{folder}/{first}.npz", allow_pickle=False) for first in edges[:-1]]
         return np.concatenate([part["x"] for part in parts]), np.concatenate([part["y"] for part in parts])
 

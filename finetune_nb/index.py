@@ -25,7 +25,8 @@ def save_index(
     "Write an index table as an Arrow file and open it memory-mapped."
     table = table.combine_chunks()
     def write(temporary):
-        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer: writer.write_table(table)
+        with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
     write_atomic(path, write)
     return open_index(path)
 
@@ -33,11 +34,13 @@ def save_index(
 def open_index(path) -> pa.Table:
     "Open an index memory-mapped: pages are read as they are used, and given back under pressure."
     try: return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error: raise FinetuneError(f"the index {path} is damaged ({error}): delete it, it is made anew from the source") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise FinetuneError(f"the index {path} is damaged ({error}): delete it, it is made anew from the source") from error
 
 # %% ../nbs/26_index.ipynb #42eab4fd
 class Images:
-    "An index of images and a selection of its rows. The bytes stay where they lie; `images[i]` reads one as (PIL image, label)."
+    """An index of images and a selection of its rows. The bytes stay where they lie; `images[i]` reads one as (PIL
+    image, label)."""
     def __init__(self, table, rows=None, memory=None, shared=None):
         self.table, self.memory = table, memory
         self.rows = range(len(table)) if rows is None else rows
@@ -48,7 +51,8 @@ class Images:
     def __repr__(self): return f"Images: {len(self):,} rows, {len(self.classes)} classes, splits {self.counts('split')}"
     def __getitem__(self, i):
         if not -len(self) <= i < len(self): raise IndexError(f"image {i} of {len(self)}")
-        return open_rgb(self.read(self.rows_at([i])[0])), int(self.labels_at([i])[0])
+        row = self.rows[i]
+        return open_rgb(self.read(row)), int(self._labels[row])
     def _repr_html_(self):
         rows = "".join(f"<tr><td>{name}</td><td>{count:,}</td></tr>" for name, count in self.counts("split").items())
         return f"<table><tr><th>split</th><th>images</th></tr>{rows}</table><p>{len(self.classes)} classes: {', '.join(self.classes[:12])}{' …' if len(self.classes) > 12 else ''}</p>"
@@ -58,7 +62,10 @@ class Images:
         places = np.asarray(places, np.int64)
         places = np.where(places < 0, places + len(self.rows), places)
         return places + self.rows.start if isinstance(self.rows, range) else self.rows[places]
-    def labels_at(self, places): return self._view("label")[self.rows_at(places)]
+    def labels_at(self, places): return self._labels[self.rows_at(places)]
+    def lengths_at(self, places): return self._places[3][self.rows_at(places)] # in bytes; 0 in memory, -1 in Parquet
+    @functools.cached_property
+    def _labels(self): return self._view("label")
     def _view(self, name): return self.table[name].chunk(0).to_numpy(zero_copy_only=True)
     def _taken(self, name):
         column = self.table[name]
@@ -66,20 +73,22 @@ class Images:
 
     @property
     def labels(self): # int32 [N]; a view of the file where the selection is a range
-        view = self._view("label")
-        return view[self.rows.start:self.rows.stop] if isinstance(self.rows, range) else view[self.rows]
+        return self._labels[self.rows.start:self.rows.stop] if isinstance(self.rows, range) else self._labels[self.rows]
     def column(self, name): # → the column's values for the selected rows, as a numpy array
-        if name not in self.table.column_names: raise FinetuneError(f"there is no column {name!r}: the index has {', '.join(self.table.column_names)}")
+        if name not in self.table.column_names:
+            raise FinetuneError(f"there is no column {name!r}: the index has {', '.join(self.table.column_names)}")
         return self._taken(name).to_numpy()
     def counts(self, name): # → how many rows have each value, as a dict
         return {str(row["values"]): row["counts"] for row in self._taken(name).value_counts().to_pylist()}
 
     @functools.cached_property
-    def _files(self): return self.table["file"].chunk(0)
+    def _places(self): # where the bytes lie: names of files, and views of number of the file, offset and length
+        files = self.table["file"].chunk(0)
+        return files.dictionary, files.indices.to_numpy(), self._view("offset"), self._view("length")
     def read(self, row): # → the encoded bytes of one row of the table
         if self.memory is not None: return npy_bytes(self.memory[row])
-        file = self._files.dictionary[self._files.indices[int(row)].as_py()].as_py()
-        return self.shared["reader"].read(file, int(self._view("offset")[row]), int(self._view("length")[row]))
+        names, file, offset, length = self._places
+        return self.shared["reader"].read(names[int(file[row])].as_py(), int(offset[row]), int(length[row]))
 
     def pixel_cache(self, size, crop_ratio, budget=2**30): # → PixelCache, or None where it would not fit the budget in bytes
         n, key = len(self.table), (size, crop_ratio)
@@ -93,10 +102,12 @@ class Images:
     def select(self, which): # → Images: by boolean mask [N] or by places
         which = np.asarray(which)
         if which.dtype == bool:
-            if len(which) != len(self): raise FinetuneError(f"the mask has {len(which)} entries, the selection {len(self)} rows: they must match")
+            if len(which) != len(self):
+                raise FinetuneError(f"the mask has {len(which)} entries, the selection {len(self)} rows: they must match")
             which = np.flatnonzero(which)
         rows = self.rows_at(which)
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all(): rows = range(int(rows[0]), int(rows[-1]) + 1)
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+            rows = range(int(rows[0]), int(rows[-1]) + 1)
         return Images(self.table, rows, self.memory, self.shared)
     def split(self, name): # → Images: the rows of one split
         codes = self._taken("split").combine_chunks()
@@ -133,9 +144,11 @@ class Images:
     def fingerprint(self): # → str: keys, labels, lengths and classes, and the pixels where they lie in memory
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for first in range(0, len(self), 65536):
-            part = pa.table({name: self._taken(name).slice(first, 65536).combine_chunks() for name in ("key", "label", "length")})
+            part = pa.table({name: self._taken(name).slice(first, 65536).combine_chunks()
+                             for name in ("key", "label", "length")})
             digest.update("\0".join(part["key"].to_pylist()).encode() + part["label"].to_numpy().tobytes() + part["length"].to_numpy().tobytes())
-            if self.memory is not None: digest.update(np.ascontiguousarray(self.memory[self.rows_at(np.arange(first, min(first + 65536, len(self))))]))
+            if self.memory is not None:
+                digest.update(np.ascontiguousarray(self.memory[self.rows_at(np.arange(first, min(first + 65536, len(self))))]))
         return digest.hexdigest()[:16]
 
     def loader(self, **options): return Loader(self, **options)
@@ -145,7 +158,8 @@ class Images:
     def three_way(self, seed=0): # → (train, valid, test); see `data.three_way`
         names = self.counts("split")
         held = [name for name in ("test", "valid") if name in names]
-        if "train" not in names or not held: raise FinetuneError(f"three parts need a train split and a valid or test split, not {names}: give the whole source, not one split of it")
+        if "train" not in names or not held:
+            raise FinetuneError(f"three parts need a train split and a valid or test split, not {names}: give the whole source, not one split of it")
         if len(held) == 2: return self.split("train"), self.split("valid"), self.split("test")
         whole = self.split("train")
         train, valid = whole.divide(min(1/6, 2000/len(whole)), seed)
@@ -179,10 +193,13 @@ def from_arrays(
     if pixels.ndim == 3: pixels = np.repeat(pixels[..., None], 3, axis=3)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise FinetuneError(f"pixels must be uint8 [N, S, S, 3] or [N, S, S], not {pixels.dtype} {pixels.shape}: for floats in 0…1 give (x*255).round().astype('uint8')")
-    if len(labels) != len(pixels): raise FinetuneError(f"{len(pixels)} images but {len(labels)} labels: one label for each image is needed")
-    if labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0): raise FinetuneError(f"labels must be whole numbers from 0, not {labels.dtype}: number the classes first")
+    if len(labels) != len(pixels):
+        raise FinetuneError(f"{len(pixels)} images but {len(labels)} labels: one label for each image is needed")
+    if labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+        raise FinetuneError(f"labels must be whole numbers from 0, not {labels.dtype}: number the classes first")
     classes = [str(i) for i in range(int(labels.max(initial=-1)) + 1)] if classes is None else list(classes)
-    if len(labels) and labels.max() >= len(classes): raise FinetuneError(f"label {labels.max()} has no name among {len(classes)} classes: give one name for each class")
+    if len(labels) and labels.max() >= len(classes):
+        raise FinetuneError(f"label {labels.max()} has no name among {len(classes)} classes: give one name for each class")
     n = len(pixels)
     table = pa.table({"key": pa.array([f"{i:08d}" for i in range(n)]), "file": pa.array([""]*n).dictionary_encode(), "offset": np.arange(n), "length": np.zeros(n, np.int64),
                       "label": labels.astype(np.int32), "split": pa.array([""]*n if splits is None else list(splits)).dictionary_encode()})
@@ -193,7 +210,8 @@ def with_splits(
     images:Images, # a whole table, without splits
     seed:int=0, valid:float=.15, test:float=.2, # shares
 ) -> Images: # its column `split` filled
-    "Name a stratified split for images that came without one: valid and test by share, train the rest. Stored in the index."
+    """Name a stratified split for images that came without one: valid and test by share, train the rest. Stored in the
+    index."""
     rest, held = images.divide(test, seed)
     train, selecting = rest.divide(valid/(1 - test), seed + 1)
     names = np.full(len(images.table), "train", dtype="<U5")

@@ -24,7 +24,7 @@ BATCHNORM_POLICIES = ("frozen-with-layer", "adapt", "recalibrate", "train")
 
 
 class _Block(nn.Module):
-    "Two 3×3 convolutions and a shortcut without parameters (option A of He et al. 2016, section 4.2): subsample, pad channels with zeros."
+    "Two 3×3 convolutions and a shortcut without parameters: option A of He et al. 2016, section 4.2."
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
@@ -39,16 +39,17 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    "The ResNets for 32-pixel images of He et al. 2016, section 4.2: depth 6n+2, widths 16, 32, 64. Input float [B, 3, H, W], output logits [B, classes]."
+    "The ResNets for 32-pixel images of He et al. 2016: depth 6n+2. Input float [B, 3, H, W], output logits [B, classes]."
     def __init__(self, depth, num_classes):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64))):
-            blocks = [_Block(inputs if j == 0 else outputs, outputs, 1 + (i > 0 and j == 0)) for j in range((depth - 2)//6)]
+            blocks = [_Block(inputs if j == 0 else outputs, outputs, 1 + (i > 0 and j == 0))
+                      for j in range((depth - 2)//6)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -60,7 +61,8 @@ SMALL = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 def architectures() -> list:
     "The names that `load_resnet` takes: the 32-pixel ResNets and every ResNet, ResNeXt and Wide ResNet of torchvision."
     import torchvision.models
-    return [*SMALL, *(name for name in torchvision.models.list_models(torchvision.models) if re.match(r"(wide_)?resne[x]?t", name))]
+    return [*SMALL, *(name for name in torchvision.models.list_models(torchvision.models)
+                      if re.match(r"(wide_)?resne[x]?t", name))]
 
 
 def build(
@@ -81,11 +83,11 @@ def build(
 def read_checkpoint(
     path, # .safetensors, or .pth .pt .th .tar written by torch.save
 ) -> dict: # name → tensor, with wrappers and prefixes taken off
-    "Read the tensors of a checkpoint without running anything in it. Raises `FinetuneError` for one that is missing, damaged, or holds code."
+    "Read a checkpoint's tensors and run nothing in it. Raises `FinetuneError`: missing, damaged, or with code inside."
     path = Path(path)
     if not path.is_file(): raise FinetuneError(f"the checkpoint {path} does not exist: check the path")
     with open(path, "rb") as file: head = file.read(16)
-    is_torch = head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x8a\x0a")
+    is_torch = head[:4] == b"PK\x03\x04" or head[:2] in {b"\x8a\x0a", *(b"\x80" + bytes([v]) for v in (2, 3, 4, 5))}
     try:
         # The argument is explicit: an environment variable can switch the default off.
         found = torch.load(path, map_location="cpu", weights_only=True) if is_torch else safetensors.torch.load_file(path)
@@ -128,7 +130,9 @@ def load_weights(
         if theirs is not None and mine is not None and shapes[0] == shapes[1]: take[name] = theirs; what = "loaded"
         elif name.endswith("num_batches_tracked"): what = "ignored"
         elif new_head and name.startswith("fc."): what = "new head"
-        else: what = "missing in the file" if theirs is None else "not in the model" if mine is None else "another shape"; wrong.append((name, *shapes, what))
+        else:
+            what = "missing in the file" if theirs is None else "not in the model" if mine is None else "another shape"
+            wrong.append((name, *shapes, what))
         rows.append((name, *shapes, what))
     if wrong:
         lines = "\n".join(f"  {name}: file {a}, model {b} — {what}" for name, a, b, what in wrong[:8])
@@ -145,12 +149,13 @@ def load_resnet(
     batchnorm:str="frozen-with-layer", # one of `BATCHNORM_POLICIES`, used when it is trained
 ) -> nn.Module: # with `.info` (what it is) and `.loading` (what matched)
     "A ResNet, pretrained or fresh. Raises `FinetuneError` where the weights do not fit, naming tensors and shapes."
-    if batchnorm not in BATCHNORM_POLICIES: raise FinetuneError(f"batchnorm={batchnorm!r}: choose from {', '.join(BATCHNORM_POLICIES)}")
+    if batchnorm not in BATCHNORM_POLICIES:
+        raise FinetuneError(f"batchnorm={batchnorm!r}: choose from {', '.join(BATCHNORM_POLICIES)}")
     if weights is None: tensors, where = None, None
     elif weights == "shipped":
-        if arch != "resnet20": raise FinetuneError(f"the shipped weights are a resnet20's, not a {arch}'s: give weights=PATH, 'imagenet' or None")
-        where = shipped_file("pretrained_resnet_model.pth")
-        tensors = read_checkpoint(where)
+        if arch != "resnet20":
+            raise FinetuneError(f"the shipped weights are a resnet20's, not a {arch}'s: give weights=PATH, 'imagenet' or None")
+        tensors, where = read_checkpoint(shipped_file("pretrained_resnet_model.pth")), "the shipped checkpoint"
     elif weights == "imagenet": tensors, where = _imagenet(arch), "torchvision's ImageNet weights"
     else: tensors, where = read_checkpoint(weights), str(weights)
     if tensors is not None and "fc.weight" not in tensors:
@@ -158,13 +163,15 @@ def load_resnet(
     own_classes = len(tensors["fc.weight"]) if tensors is not None else None
     model = build(arch, num_classes or own_classes or 10)
     model.loading = load_weights(model, tensors, where) if tensors is not None else []
-    model.info |= {"batchnorm": batchnorm, "weights": None if weights is None else weights if weights in ("shipped", "imagenet") else Path(weights).name}
+    named = weights in (None, "shipped", "imagenet")
+    model.info |= {"batchnorm": batchnorm, "weights": weights if named else Path(weights).name}
     return model
 
 # %% ../nbs/06_transfer_learning.ipynb #0bfd3690
 def _imagenet(arch):
     import torchvision.models
-    if arch in SMALL: raise FinetuneError(f"there are no ImageNet weights for {arch}, a net for 32-pixel images: use weights='shipped' or a torchvision arch such as resnet18")
+    if arch in SMALL:
+        raise FinetuneError(f"there are no ImageNet weights for {arch}, a net for 32-pixel images: use weights='shipped' or a torchvision arch such as resnet18")
     try: return {k: v.float() if v.is_floating_point() else v for k, v in
                  torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True).items()}
     except (OSError, RuntimeError) as error:
@@ -193,14 +200,17 @@ def train_mode(model:nn.Module) -> nn.Module:
     model.train()
     if model.info["batchnorm"] in ("frozen-with-layer", "recalibrate"):
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()): module.eval()
+            frozen = not any(p.requires_grad for p in module.parameters())
+            if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
     return model
 
 # %% ../nbs/06_transfer_learning.ipynb #66c388f9
 def save_model(model:nn.Module, path) -> Path:
-    "Write weights as safetensors, with `info` in the header; `load_model` rebuilds the net from the two. Nothing is pickled."
+    "Write weights as safetensors, with `info` in the header; `load_model` rebuilds the net from the two. No pickle."
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    return write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"finetune_nb": json.dumps(model.info, ensure_ascii=False)}))
+    meta = {"finetune_nb": json.dumps(model.info, ensure_ascii=False)}
+    return write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, meta))
 
 
 def load_model(
@@ -208,23 +218,25 @@ def load_model(
 ) -> nn.Module: # in eval mode
     "The model that `save_model` or a run wrote."
     path = Path(path)/"model.safetensors" if Path(path).is_dir() else Path(path)
-    if not path.is_file(): raise FinetuneError(f"{path} does not exist: give the folder of a finished run, or a model.safetensors")
+    if not path.is_file():
+        raise FinetuneError(f"{path} does not exist: give the folder of a finished run, or a model.safetensors")
     try:
-        with safetensors.safe_open(path, "pt") as file: info = json.loads((file.metadata() or {}).get("finetune_nb", "null"))
-    except safetensors.SafetensorError as error: raise FinetuneError(f"{path} is damaged ({error}): take it from a backup or train again") from error
-    if not info: raise FinetuneError(f"{path} was not written by finetune_nb: load it with load_resnet(arch, weights=path)")
+        with safetensors.safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("finetune_nb", "null"))
+    except safetensors.SafetensorError as error:
+        raise FinetuneError(f"{path} is damaged ({error}): take it from a backup or train again") from error
+    if not info: raise FinetuneError(f"{path} was not written by finetune_nb: use load_resnet(arch, weights=path)")
     model = build(info["arch"], info["num_classes"])
     model.info = info
     load_weights(model, read_checkpoint(path), str(path), new_head=False)
     return model.eval()
 
 # %% ../nbs/06_transfer_learning.ipynb #cc5f2721
-def count_cost(model:nn.Module, size:int=None) -> dict: # parameters, macs (multiply-adds an image), latency_ms (median of one image, this machine)
-    "What a model costs: parameters, multiply-adds of its convolutions and linear layers, and the measured time of one image."
+def count_cost(model:nn.Module, size:int=None) -> dict: # parameters, macs, latency_ms (median of nine, this machine)
+    "Parameters, multiply-adds of the convolutions and linear layers, and the measured time of one image."
     size, macs, hooks = size or model.info["size"], [0], []
     def hook(module, inputs, output):
-        if isinstance(module, nn.Conv2d): macs[0] += output[0].numel()*module.weight[0].numel()
-        else: macs[0] += module.weight.numel()
+        macs[0] += module.weight.numel() if isinstance(module, nn.Linear) else output[0].numel()*module.weight[0].numel()
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)): hooks.append(module.register_forward_hook(hook))
     device = next(model.parameters()).device
@@ -239,4 +251,5 @@ def count_cost(model:nn.Module, size:int=None) -> dict: # parameters, macs (mult
             if device.type == "cuda": torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     model.train(was_training)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "macs": macs[0], "latency_ms": sorted(times)[4]*1000}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "macs": macs[0], "latency_ms": sorted(times)[4]*1000}

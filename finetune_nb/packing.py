@@ -44,7 +44,8 @@ def write_shards(
                 while pending is not None and tar.offset < shard_bytes:
                     key, data, label, split = pending
                     stem = f"{len(rows) + len(part):09d}"
-                    part.append((key, name, _add(tar, stem + _suffix(data), data), len(data), label, split, fingerprint(data)))
+                    part.append((key, name, _add(tar, stem + _suffix(data), data), len(data), label, split,
+                                 fingerprint(data)))
                     _add(tar, stem + ".json", json.dumps({"label": label, "split": split, "key": key}, ensure_ascii=False).encode())
                     pending = next(samples, None)
         write_atomic(folder/name, write)
@@ -79,7 +80,9 @@ def pack(
                 image = image.resize((max(1, round(image.width*scale)), max(1, round(image.height*scale))), 2)
             yield keys[i], _encode(image, encoding), images.classes[labels[i]] if labels[i] >= 0 else "", splits[i]
     write_shards(folder, samples(), shard_bytes)
-    if bad: write_atomic(Path(folder)/"set_aside.csv", "key,reason\n" + "".join(f"{json.dumps(k)},{json.dumps(r)}\n" for k, r in bad))
+    if bad:
+        write_atomic(Path(folder)/"set_aside.csv",
+                     "key,reason\n" + "".join(f"{json.dumps(k)},{json.dumps(r)}\n" for k, r in bad))
     return Path(folder)
 
 
@@ -97,8 +100,10 @@ def to_parquet(
 ) -> Path:
     "Write the selected rows as Parquet."
     rows = images.rows_at(np.arange(len(images)))
-    if not bytes: return write_atomic(path, lambda temporary: pq.write_table(images.table.take(pa.array(rows)), temporary))
-    features = {"image": {"_type": "Image"}, "label": {"names": list(images.classes), "_type": "ClassLabel"}, "split": {"dtype": "string", "_type": "Value"}, "key": {"dtype": "string", "_type": "Value"}}
+    if not bytes:
+        return write_atomic(path, lambda temporary: pq.write_table(images.table.take(pa.array(rows)), temporary))
+    features = {"image": {"_type": "Image"}, "label": {"names": list(images.classes), "_type": "ClassLabel"},
+                "split": {"dtype": "string", "_type": "Value"}, "key": {"dtype": "string", "_type": "Value"}}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", kind), ("label", pa.int64()), ("split", pa.string()), ("key", pa.string())],
                        metadata={"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)})
@@ -108,6 +113,7 @@ def to_parquet(
         with pq.ParquetWriter(temporary, schema) as writer:
             for first in range(0, len(images), 1000):
                 part = slice(first, min(first + 1000, len(images)))
-                column = [{"bytes": portable(images.read(row)), "path": key} for key, row in zip(keys[part], rows[part])]
+                column = [{"bytes": portable(images.read(row)), "path": key}
+                          for key, row in zip(keys[part], rows[part])]
                 writer.write_table(pa.table([pa.array(column, kind), pa.array(labels[part].astype(np.int64)), pa.array(splits[part]), pa.array(keys[part])], schema=schema))
     return write_atomic(path, write)

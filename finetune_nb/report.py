@@ -50,7 +50,9 @@ def plot_confusion(
     if len(names) <= 10:
         for i in range(len(names)):
             for j in range(len(names)):
-                if table[i, j]: axis.text(j, i, table[i, j], ha="center", va="center", fontsize=7, color="black" if share[i, j] > .5 else "white")
+                if table[i, j]:
+                    axis.text(j, i, table[i, j], ha="center", va="center", fontsize=7, color="black"
+                              if share[i, j] > .5 else "white")
     figure.tight_layout()
     return figure
 
@@ -96,25 +98,30 @@ def write_report(
     train:Images=None, # for the data sample
     tables=(), # (heading, header, rows) shown first
 ) -> Path:
-    "One self-contained page: results, data sample, learning curves, confusion matrix, most confident mistakes, recipe, versions."
-    import matplotlib
-    matplotlib.use("Agg", force=False)
+    """One self-contained page: results, data sample, learning curves, confusion matrix, most confident mistakes,
+    recipe, versions."""
     interval = "{:.4f} [{:.4f}, {:.4f}]"
     low, high = evaluation.accuracy_interval
     figures = [("accuracy", interval.format(evaluation.accuracy, low, high))]
     figures += [(name, interval.format(*value)) for name, value in evaluation.intervals.items() if name != "accuracy"]
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for heading, header, rows in tables: parts += [f"<h2>{html.escape(heading)}</h2>", table_html(header, rows)]
-    parts += [f"<h2>Result on {len(evaluation):,} held-out images</h2>", table_html(("measure", "value [95% interval]"), figures)]
-    if evaluation.set_aside: parts.append(f"<p>{len(evaluation.set_aside)} images could not be decoded and were set aside:</p>" + table_html(("image", "reason"), list(evaluation.set_aside.items())[:20]))
+    parts += [f"<h2>Result on {len(evaluation):,} held-out images</h2>",
+              table_html(("measure", "value [95% interval]"), figures)]
+    if evaluation.set_aside:
+        parts.append(f"<p>{len(evaluation.set_aside)} images could not be decoded and were set aside:</p>" + table_html(("image", "reason"), list(evaluation.set_aside.items())[:20]))
     sample = train if train is not None else images
     parts += ["<h2>Data sample</h2>", figure_html(sample.show(24), "images with their classes")]
     if run.history: parts += ["<h2>Learning curves</h2>", figure_html(run.plot(), "loss and accuracy by epoch")]
     parts += ["<h2>Confusion matrix</h2>", figure_html(plot_confusion(evaluation), "true classes by predicted classes")]
     wrong = plot_mistakes(evaluation, images)
-    parts += ["<h2>Most confident mistakes</h2>", figure_html(wrong, "wrongly classified images") if wrong else "<p>No image was classified wrongly.</p>"]
-    parts += ["<h2>Per class</h2>", table_html(("class", "images", "recall", "low", "high", "precision"), [(n, c, *(f"{v:.3f}" for v in rest)) for n, c, *rest in evaluation.per_class()])]
-    parts += ["<h2>Recipe</h2>", table_html(("field", "value"), run.recipe.as_dict().items()), "<h2>Versions</h2>", table_html(("library", "version"), versions().items())]
+    parts += ["<h2>Most confident mistakes</h2>", figure_html(wrong, "wrongly classified images") if wrong
+              else "<p>No image was classified wrongly.</p>"]
+    parts += ["<h2>Per class</h2>",
+              table_html(("class", "images", "recall", "low", "high", "precision"),
+              [(n, c, *(f"{v:.3f}" for v in rest)) for n, c, *rest in evaluation.per_class()])]
+    parts += ["<h2>Recipe</h2>", table_html(("field", "value"), run.recipe.as_dict().items()), "<h2>Versions</h2>",
+              table_html(("library", "version"), versions().items())]
     return write_atomic(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style>{"".join(parts)}</html>\n')
 
 # %% ../nbs/24_report.ipynb #b17dcc20
@@ -126,13 +133,16 @@ def write_card(
     data:str, # what it was trained on, in words
     licence:str="Apache-2.0 for what this project made; the data's and the starting weights' own terms apply",
 ) -> Path:
-    "A model card: what it is, how it was made, what it scores with intervals, what it is not for, and the hash of its file."
+    """A model card: what it is, how it was made, what it scores with intervals, what it is not for, and the hash of its
+    file."""
     info, (low, high) = run.model.info, evaluation.accuracy_interval
     lines = [f"# {info['arch']}, {info['num_classes']} classes", "", f"- file: `{Path(model_file).name}`, SHA-256 `{sha256_file(model_file)}`", f"- data: {data}",
              f"- data fingerprint: `{run.meta.get('data', 'unknown')}`", f"- started from: {info['weights'] or 'random weights'}", f"- input: RGB, {info['size']} pixels, mean {info['mean']}, std {info['std']}",
              f"- accuracy on {len(evaluation):,} held-out images: {evaluation.accuracy:.4f}, 95% interval [{low:.4f}, {high:.4f}]"]
-    lines += [f"- {name}: {v:.4f} [{a:.4f}, {b:.4f}]" for name, (v, a, b) in evaluation.intervals.items() if name != "accuracy"]
-    lines += [f"- licence: {licence}", "- not for: images unlike the training data; the accuracy above holds for images drawn as the held-out ones were", "", "## Recipe", ""]
+    lines += [f"- {name}: {v:.4f} [{a:.4f}, {b:.4f}]" for name, (v, a, b) in evaluation.intervals.items()
+              if name != "accuracy"]
+    lines += [f"- licence: {licence}",
+              "- not for: images unlike the training data; the accuracy above holds for images drawn as the held-out ones were", "", "## Recipe", ""]
     lines += [f"- {field}: `{value}`" for field, value in run.recipe.as_dict().items()]
     lines += ["", "## Versions", ""] + [f"- {name} {version}" for name, version in versions().items()]
     return write_atomic(path, "\n".join(lines) + "\n")

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'SPLIT_NAMES', 'MAX_PIXELS', 'BadImage', 'make_table', 'rows_from_paths', 'scan_folder', 'scan_tars',
-           'scan_parquet', 'ByteReader', 'open_rgb', 'npy_bytes', 'raw_pixels', 'fit_square']
+           'scan_parquet', 'ByteReader', 'decode_rgb', 'open_rgb', 'npy_bytes', 'raw_pixels', 'fit_square']
 
 # %% ../nbs/21_sources.ipynb #50fc64b4
-import collections, functools, io, json, os, re, tarfile, threading, warnings
+import collections, functools, io, json, math, os, re, tarfile, threading, warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .environment import FinetuneError
@@ -23,6 +24,8 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "
                "test": "test", "testing": "test"}
 MAX_PIXELS = 100_000_000  # an image that claims more is set aside unread: it could fill the memory
 _DICT8, _DICT32 = pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.string())
+# Pillow warns of odd metadata and of many pixels: the first does not matter here, the second has its own limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadImage(Exception):
@@ -62,7 +65,8 @@ def rows_from_paths(paths, where):
 def scan_folder(
     folder, # [split/]class/…/image, or images without classes
 ) -> pa.Table:
-    "Index a folder of images. Raises `FinetuneError` for a folder that is missing, unreadable, without images, or with an empty class."
+    """Index a folder of images. Raises `FinetuneError` for a folder that is missing, unreadable, without images, or
+    with an empty class."""
     folder = Path(folder).resolve()
     paths, lengths, empty = [], [], []
     stack = [("", str(folder))]
@@ -81,21 +85,24 @@ def scan_folder(
                 try: lengths.append(entry.stat().st_size)
                 except OSError: lengths.append(0)  # a dangling link: found out, and named, when it is read
         if not inside and prefix: empty.append(here)
-    if not paths: raise FinetuneError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): lay them out as [split/]class/name.jpg")
+    if not paths:
+        raise FinetuneError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): lay them out as [split/]class/name.jpg")
     if empty: raise FinetuneError(f"the class folder {empty[0]} is empty: put images into it or remove it")
     order = np.argsort(np.array(paths))
     paths, lengths = [paths[i] for i in order], np.array(lengths, np.int64)[order]
     names, splits = rows_from_paths(paths, folder)
     classes = sorted({name for name in names if name is not None})
     code = {name: i for i, name in enumerate(classes)} | {None: -1}
-    return make_table(paths, [f"{folder}/{path}" for path in paths], np.zeros(len(paths)), lengths, [code[name] for name in names], splits, classes)
+    return make_table(paths, [f"{folder}/{path}" for path in paths], np.zeros(len(paths)), lengths,
+                      [code[name] for name in names], splits, classes)
 
 # %% ../nbs/21_sources.ipynb #f3ddd7d2
 def _members(path):
     "(name, offset of the data, size) of the regular files in a tar that is not compressed."
     try:
         with tarfile.open(path, "r:") as tar:
-            return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isfile() and not os.path.basename(m.name).startswith(".")]
+            return [(m.name.removeprefix("./"), m.offset_data, m.size) for m in tar if m.isfile()
+                    and not os.path.basename(m.name).startswith(".")]
     except (tarfile.TarError, EOFError) as error:
         raise FinetuneError(f"{path} is not a plain tar file ({error}): a compressed one must be unpacked first (gunzip, zstd -d); "
                             "a truncated one must be copied again") from error
@@ -121,15 +128,19 @@ def scan_tars(
     keys, files, offsets, lengths, names, splits = [], [], [], [], [], []
     for path in map(str, paths):
         members = _members(path)
-        labels = {name.rsplit(".", 1)[0]: (name, offset, size) for name, offset, size in members if name.endswith((".cls", ".json"))}
+        labels = {name.rsplit(".", 1)[0]: (name, offset, size) for name, offset, size in members
+                  if name.endswith((".cls", ".json"))}
         pictures = [m for m in members if os.path.splitext(m[0])[1].lower() in IMAGE_SUFFIXES]
-        if not pictures: raise FinetuneError(f"{path} holds no images: expected [split/]class/name.jpg, or WebDataset members such as 000001.jpg and 000001.cls")
+        if not pictures:
+            raise FinetuneError(f"{path} holds no images: expected [split/]class/name.jpg, or WebDataset members such as 000001.jpg and 000001.cls")
         if labels:
             for name, offset, size in pictures:
                 stem = name.rsplit(".", 1)[0]
-                if stem not in labels: raise FinetuneError(f"{path}: the image {name} has no label file {stem}.cls or {stem}.json")
+                if stem not in labels:
+                    raise FinetuneError(f"{path}: the image {name} has no label file {stem}.cls or {stem}.json")
                 label, split, key = _shard_label(path, labels[stem][0], labels[stem][2], labels[stem][1])
-                keys.append(key or f"{Path(path).stem}/{name}"); names.append(None if label is None else str(label)); splits.append(split)
+                keys.append(key or f"{Path(path).stem}/{name}"); names.append(None if label is None else str(label))
+                splits.append(split)
         else:
             found, of_split = rows_from_paths([m[0] for m in pictures], path)
             keys += [m[0] for m in pictures]; names += found; splits += of_split
@@ -156,7 +167,8 @@ def scan_parquet(
     keys, files, offsets, names, splits, classes = [], [], [], [], [], None
     for path in map(str, paths):
         try: file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error: raise FinetuneError(f"{path} is not a Parquet file that can be read ({error}): copy it again") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise FinetuneError(f"{path} is not a Parquet file that can be read ({error}): copy it again") from error
         columns = file.schema_arrow.names
         if columns[:4] == ["key", "file", "offset", "length"]: return _packed(Path(path), file.read())
         if "image" not in columns or "label" not in columns:
@@ -169,7 +181,8 @@ def scan_parquet(
         if given and any(l is not None and not (isinstance(l, str) or -1 <= l < len(given)) for l in labels):
             raise FinetuneError(f"{path}: a label lies outside the {len(given)} class names in its metadata: the label column does not fit")
         if given: classes = list(given)
-        names += [None if l is None or l == -1 else given[l] if given and not isinstance(l, str) else str(l) for l in labels]
+        names += [None if l is None or l == -1 else given[l] if given and not isinstance(l, str) else str(l)
+                  for l in labels]
         stem = Path(path).stem
         keys += table["key"].to_pylist() if "key" in wanted else [f"{stem}/{i:08d}" for i in range(len(labels))]
         splits += table["split"].to_pylist() if "split" in wanted else [SPLIT_NAMES.get(stem.split("-")[0].lower(), "")]*len(labels)
@@ -186,28 +199,30 @@ def _packed(path, table):
     if not pa.types.is_dictionary(files.type): files = files.dictionary_encode()
     places = [str(path.parent/name) for name in files.dictionary.to_pylist()]
     for place in places:
-        if not os.path.isfile(place): raise FinetuneError(f"{path} names the shard {place}, which is not there: copy it beside its index")
+        if not os.path.isfile(place):
+            raise FinetuneError(f"{path} names the shard {place}, which is not there: copy it beside its index")
     return table.set_column(1, "file", pa.DictionaryArray.from_arrays(files.indices, pa.array(places)))
 
 # %% ../nbs/21_sources.ipynb #e9402f15
 class ByteReader:
-    "Reads the bytes of rows: whole files, byte ranges of shards through kept-open descriptors, rows of Parquet files. Safe for threads."
-    def __init__(self, keep=64): self.keep, self.open, self.lock, self.groups = keep, collections.OrderedDict(), threading.Lock(), collections.OrderedDict()
+    """Reads the bytes of rows: whole files, byte ranges of shards through kept-open descriptors, rows of Parquet files.
+    Safe for threads."""
+    def __init__(self): self.open, self.lock, self.groups = {}, threading.Lock(), collections.OrderedDict()
 
     def read(self, file, offset, length):
         try:
             if length == -1: return self._from_parquet(file, offset)
             if length == 0: raise BadImage("the file is empty (0 bytes)")
-            if offset == 0:
-                with open(file, "rb") as handle: return handle.read(length)
-            return os.pread(self._descriptor(file), length, offset)
+            if offset: return os.pread(self._descriptor(file), length, offset)
+            handle = os.open(file, os.O_RDONLY)
+            try: return os.read(handle, length)
+            finally: os.close(handle)
         except OSError as error: raise BadImage(f"cannot be read ({error.strerror or error})") from error
 
     def _descriptor(self, file):
         with self.lock:
-            if file not in self.open:
-                self.open[file] = os.open(file, os.O_RDONLY)
-                # Nothing is closed while another thread may still read from it: shards beyond `keep` stay open until the reader goes.
+            # Nothing is closed while another thread may still read from it: shards stay open until the reader goes.
+            if file not in self.open: self.open[file] = os.open(file, os.O_RDONLY)
             return self.open[file]
 
     def _from_parquet(self, file, row):
@@ -229,29 +244,61 @@ class ByteReader:
             if isinstance(handle, int): os.close(handle)
 
 # %% ../nbs/21_sources.ipynb #9fbde57c
-def open_rgb(
+def _plain_jpeg(data):
+    "(width, height) of a JPEG of one or three components without Exif or XMP, which could turn it; None for all else."
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xE1, 0xD9, 0xDA): return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return (data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]) if data[at + 4] == 8 and data[at + 9] in (1, 3) else None
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
+
+
+@functools.cache
+def _decode_jpeg():
+    "torchvision's decoder, imported where it is first needed: that takes a second."
+    from torchvision.io import ImageReadMode, decode_jpeg
+    return lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).contiguous().numpy()
+
+
+def decode_rgb(
     data:bytes, # an encoded image, or a .npy array of uint8 [H, W, 3]
     shrink_to:int=0, # if not 0, a JPEG may be decoded at a smaller scale whose short side is at least this
-) -> Image.Image: # mode RGB, upright
-    "Decode one image to upright RGB. Raises `BadImage` with the reason."
-    if data[:6] == b"\x93NUMPY": return Image.fromarray(raw_pixels(data))
+) -> np.ndarray: # uint8 [H, W, 3], upright
+    "Decode one image to RGB. Raises `BadImage` with the reason."
+    if data[:6] == b"\x93NUMPY": return raw_pixels(data)
+    size = _plain_jpeg(data)
+    # torchvision decodes to the same pixels as Pillow, two to three times as fast for small images; what it refuses, Pillow is asked about.
+    if size and 0 < size[0]*size[1] <= MAX_PIXELS and not (shrink_to and min(size) > 2*shrink_to):
+        try: return _decode_jpeg()(data)
+        except RuntimeError: pass
+    return np.asarray(_pillow_rgb(data, shrink_to))
+
+
+def open_rgb(data:bytes, shrink_to:int=0) -> Image.Image:
+    "`decode_rgb` as a Pillow image of mode RGB."
+    return Image.fromarray(decode_rgb(data, shrink_to))
+
+
+def _pillow_rgb(data, shrink_to):
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width*image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} × {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
-            if shrink_to and image.format == "JPEG" and min(image.size) > 2*shrink_to: image.draft("RGB", (shrink_to, shrink_to))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-                values = np.asarray(image, np.float32)
-                return Image.fromarray((values/(257 if values.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(paper, image)
-            return image if image.mode == "RGB" else image.convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        if image.width*image.height > MAX_PIXELS:
+            raise BadImage(f"{image.width} × {image.height} pixels are more than the limit of {MAX_PIXELS:,}")
+        if shrink_to and image.format == "JPEG" and min(image.size) > 2*shrink_to:
+            image.draft("RGB", (shrink_to, shrink_to))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+            values = np.asarray(image, np.float32)
+            return Image.fromarray((values/(257 if values.max(initial=0) > 255 else 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(paper, image)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except BadImage: raise
     except UnidentifiedImageError as error: raise BadImage("not an image of a known format") from error
     except Image.DecompressionBombError as error: raise BadImage(f"too many pixels ({error})") from error
@@ -266,26 +313,42 @@ def npy_bytes(pixels) -> bytes:
     return buffer.getvalue()
 
 
+@functools.lru_cache(64)
+def _npy_header(header):
+    "Shape and type that a .npy header names; headers repeat, and to parse one takes longer than to read a small image."
+    buffer = io.BytesIO(header)
+    version = np.lib.format.read_magic(buffer)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(buffer)
+
+
 def raw_pixels(data):
     "The pixels uint8 [H, W, 3] of .npy bytes, without unpickling anything."
-    try: pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    try:
+        lengths = slice(8, 10) if data[6:7] == b"\1" else slice(8, 12)
+        end = lengths.stop + int.from_bytes(data[lengths], "little")
+        shape, fortran, dtype = _npy_header(data[:end])
     except Exception as error: raise BadImage(f"not a .npy array ({type(error).__name__}: {error})") from error  # its header is parsed as Python's literals
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3: raise BadImage(f"a .npy image must be uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
-    return pixels
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or min(shape) < 1 or fortran:
+        raise BadImage(f"a .npy image must be uint8 [H, W, 3] in C order, not {dtype} {shape}")
+    if len(data) - end != math.prod(shape):
+        raise BadImage(f"a .npy image of shape {shape} needs {math.prod(shape)} bytes, there are {len(data) - end}")
+    return np.frombuffer(data, np.uint8, offset=end).reshape(shape)
 
 
 def fit_square(
-    image:Image.Image, # RGB
+    image, # RGB: uint8 [H, W, 3], or a Pillow image
     size:int, # side of the result in pixels
     crop_ratio:float=1.0, # the short side is scaled to size / crop_ratio, then the centre is cut out
     box=None, # (left, top, width, height) in 0…1: this part is scaled to the square instead
 ) -> np.ndarray: # uint8 [size, size, 3]
     "Scale and crop to a square, with antialiasing."
-    width, height = image.size
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
     if box is not None:
         left, top, w, h = box[0]*width, box[1]*height, box[2]*width, box[3]*height
-    elif (width, height) == (size, size): return np.asarray(image)
+    elif (width, height) == (size, size): return pixels
     else:
         side = min(width, height)*crop_ratio
         left, top, w, h = (width - side)/2, (height - side)/2, side, side
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR,
+                                                     box=(left, top, left + w, top + h)))

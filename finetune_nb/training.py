@@ -48,13 +48,13 @@ class Recipe:
         def demand(good, field, what):
             if not good: raise FinetuneError(f"Recipe({field}={getattr(self, field)!r}): {what}")
         for field in ("lr", "body_lr", "momentum", "weight_decay", "clip_norm", "ema", "warmup", "label_smoothing"):
-            demand(math.isfinite(getattr(self, field)) and getattr(self, field) >= 0, field, "must be a finite number, 0 or more")
+            demand(0 <= getattr(self, field) < math.inf, field, "must be a finite number, 0 or more")
         for field in ("epochs", "batch_size"): demand(getattr(self, field) >= 1, field, "must be 1 or more")
-        for field in ("ema", "warmup", "label_smoothing", "momentum"): demand(getattr(self, field) < 1, field, "must be below 1")
+        for field in ("ema", "warmup", "label_smoothing", "momentum"):
+            demand(getattr(self, field) < 1, field, "must be below 1")
         demand(self.strategy in STRATEGIES, "strategy", f"choose from {', '.join(STRATEGIES)}")
         for field, names in {"optimizer": ("sgd", "adamw"), "schedule": ("one-cycle", "cosine", "constant"), "precision": ("auto", "fp32", "bf16")}.items():
             demand(getattr(self, field) in names, field, f"choose from {', '.join(names)}")
-
     def replace(self, **changes): return dataclasses.replace(self, **changes)
     def as_dict(self): return dataclasses.asdict(self)
     hash = property(lambda self: fingerprint(self.as_dict()))
@@ -62,13 +62,17 @@ class Recipe:
 # %% ../nbs/09_training.ipynb #4bd4e6d8
 class Run:
     "A finished or interrupted training run: its folder (if any), recipe, history (one row an epoch), model."
-    def __init__(self, model, recipe, history, folder=None, meta=None): self.model, self.recipe, self.history, self.folder, self.meta = model, recipe, history, folder, meta or {}
+    def __init__(self, model, recipe, history, folder=None, meta=None):
+        self.model, self.recipe, self.history, self.folder, self.meta = model, recipe, history, folder, meta or {}
     def __repr__(self): return self.summary()
     def _repr_html_(self): return f'<pre style="font-family:monospace">{self.summary()}</pre>'
     def summary(self): # → the history as a table in text
         names = [n for n in ("epoch", "rate", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "trained", "set_aside") if n in self.history[-1]] if self.history else []
-        rows = [" ".join(f"{name:>14}" for name in names)]
-        for row in self.history: rows.append(" ".join(f"{row[name]:14.4f}" if isinstance(row[name], float) else f"{row[name]!s:>14}" for name in names))
+        wide = {name: max(len(name), 8) for name in names} | {"epoch": 5}
+        rows = ["  ".join(f"{name:>{wide[name]}}" for name in names)]
+        for row in self.history:
+            rows.append("  ".join(f"{row[name]:{wide[name]}.4f}" if isinstance(row[name], float)
+                                  else f"{row[name]!s:>{wide[name]}}" for name in names))
         return "\n".join(rows)
 
     def plot(self): # → figure: loss and accuracy by epoch
@@ -77,17 +81,21 @@ class Run:
         x = [row["epoch"] + 1 for row in self.history]
         for axis, what in zip(axes, ("loss", "accuracy")):
             for part, style in (("train", "--"), ("valid", "-")):
-                if f"{part}_{what}" in self.history[0]: axis.plot(x, [row[f"{part}_{what}"] for row in self.history], style, marker=".", label=part)
-            axis.set_xlabel("epoch"); axis.set_ylabel(what if what == "accuracy" else "cross-entropy (nats)"); axis.legend(frameon=False)
+                if f"{part}_{what}" in self.history[0]:
+                    axis.plot(x, [row[f"{part}_{what}"] for row in self.history], style, marker=".", label=part)
+            axis.set_xlabel("epoch"); axis.set_ylabel(what if what == "accuracy" else "cross-entropy (nats)")
+            axis.legend(frameon=False)
         figure.tight_layout()
         return figure
 
     @classmethod
     def load(cls, folder): # → the run that lies in a folder
         folder = Path(folder)
-        if not (folder/"run.json").is_file(): raise FinetuneError(f"{folder} holds no run: expected run.json and model.safetensors")
+        if not (folder/"run.json").is_file():
+            raise FinetuneError(f"{folder} holds no run: expected run.json and model.safetensors")
         meta = json.loads((folder/"run.json").read_text())
-        return cls(load_model(folder) if (folder/"model.safetensors").is_file() else None, Recipe(**meta["recipe"]), meta["history"], folder, meta)
+        return cls(load_model(folder) if (folder/"model.safetensors").is_file() else None, Recipe(**meta["recipe"]),
+                   meta["history"], folder, meta)
 
 # %% ../nbs/09_training.ipynb #238ec25d
 def _check(model, train, valid):
@@ -96,10 +104,12 @@ def _check(model, train, valid):
         if images is None: continue
         labels = images.labels
         if len(labels) == 0: raise FinetuneError(f"{part} holds no images: check the split and the selection")
-        if labels.min() < 0: raise FinetuneError(f"{part}: {int((labels < 0).sum())} of {len(labels)} images have no label: lay the images out as [split/]class/name.jpg")
+        if labels.min() < 0:
+            raise FinetuneError(f"{part}: {int((labels < 0).sum())} of {len(labels)} images have no label: lay the images out as [split/]class/name.jpg")
         if labels.max() >= model.info["num_classes"]:
             raise FinetuneError(f"{part} has label {labels.max()}, the model {model.info['num_classes']} outputs: load_resnet(..., num_classes={len(images.classes)})")
-    if len(np.unique(train.labels)) < 2: raise FinetuneError("train holds one class only: a classifier needs images of two or more")
+    if len(np.unique(train.labels)) < 2:
+        raise FinetuneError("train holds one class only: a classifier needs images of two or more")
 
 
 def _go_on(loop, folder):
@@ -107,7 +117,8 @@ def _go_on(loop, folder):
     saved, own = meta.pop("identity"), json.loads(json.dumps(loop.identity()))
     if saved != own:
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | d["recipe"]
-        differs = [f"{k}: {flat(saved).get(k)} then, {flat(own).get(k)} now" for k in flat(own) if flat(saved).get(k) != flat(own).get(k)]
+        differs = [f"{k}: {flat(saved).get(k)} then, {flat(own).get(k)} now" for k in flat(own)
+                   if flat(saved).get(k) != flat(own).get(k)]
         raise FinetuneError(f"{folder} holds another run ({'; '.join(differs)}): choose another folder, or resume=False to start anew there")
     threads = meta.pop("threads")
     if threads != torch.get_num_threads():
@@ -126,7 +137,8 @@ def fit(
     save_every:int=0, # also save the state every so many steps; 0 only after each epoch
     device="auto", workers:int=2, progress:bool=True,
 ) -> Run:
-    "Train a model. A run that was killed goes on from its folder and ends, on the CPU, with the same bits as one that was not."
+    """Train a model. A run that was killed goes on from its folder and ends, on the CPU, with the same bits as one that
+    was not."""
     device = pick_device(device) if isinstance(device, str) else device
     _check(model, train, valid)
     folder = Path(folder) if folder else None

@@ -13,11 +13,12 @@ from sklearn.base import clone
 from torch import nn
 
 import finetune_nb
-from finetune_nb.application import FineTuner, FineTuneResNet, ResNet, default_recipe, demo, fine_tune, predict, pretrain
+from finetune_nb.application import FineTuner, FineTuneResNet, ResNet, default_recipe, fine_tune, predict
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError, shipped_file
 from finetune_nb.evaluation import Evaluation, evaluate
 from finetune_nb.models import load_model, to_input
+from finetune_nb.shipped import demo, pretrain
 from finetune_nb.training import Recipe, Run
 
 
@@ -151,10 +152,9 @@ def test_demo_in_full(tmp_path):
 
 def test_demo_short(tmp_path, monkeypatch):
     """The demo as it is, with fewer epochs: one table of three rows, a report, a model and a card."""
-    from finetune_nb import application
+    from finetune_nb import shipped
 
-    real = application.Recipe
-    monkeypatch.setattr(application, "Recipe", lambda *given, **fields: real(given[0], 1, *given[2:], **fields))
+    monkeypatch.setattr(shipped, "PLAN", [(name, k, 1, batch, strategy) for name, k, _, batch, strategy in shipped.PLAN])
     said = []
     report = demo(tmp_path, progress=False, echo=said.append)
     assert len(said) == 5 and said[1].startswith("labels") and all(re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:])

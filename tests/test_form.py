@@ -51,7 +51,7 @@ def test_package_is_what_the_notebooks_say(copy):
 
 FLOORS = (
     ("checks", "__init__"), ("environment",), ("glyphs", "sources"), ("batches", "packing"), ("index",), ("data",), ("models",), ("evaluation",), ("engine",),
-    ("training",), ("report",), ("application",), ("cli",))
+    ("training",), ("report",), ("application", "shipped"), ("cli",))
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 
@@ -105,6 +105,23 @@ def test_lesson_form(path):
     for node in ast.parse(source(tagged[0])).body:
         assert isinstance(node, ast.Assign)
         ast.literal_eval(node.value)
+
+
+def draws(code):
+    """Whether a cell makes a figure when it runs, as against in a function that it only defines."""
+    calls = {node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+             for statement in ast.parse(code).body if not isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+             for node in ast.walk(statement) if isinstance(node, ast.Call)}
+    return any(name in ("subplots", "show", "plot") or name.startswith(("plot_", "show_")) for name in calls)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_every_figure_is_stored(path):
+    """A cell that draws shows what it drew: a backend that was switched on the way would hide it, and nothing else would tell."""
+    for cell in cells(path, "code"):
+        code = re.sub(r"^\s*[%!].*$", "", source(cell), flags=re.M)
+        if draws(code):
+            assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), f"{path.name}: no picture under {code[:60]!r}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)

@@ -15,7 +15,7 @@ from finetune_nb.environment import FinetuneError, fingerprint, keyed_uniform, m
 from finetune_nb.evaluation import Evaluation, mcnemar, metrics, wilson
 from finetune_nb.index import from_arrays
 from finetune_nb.models import build, load_resnet, read_checkpoint
-from finetune_nb.sources import BadImage, fit_square, npy_bytes, open_rgb, raw_pixels
+from finetune_nb.sources import BadImage, _plain_jpeg, decode_rgb, fit_square, npy_bytes, open_rgb, raw_pixels
 from finetune_nb.training import Recipe, rate
 
 LONG = bool(os.environ.get("FINETUNE_NB_FUZZ"))
@@ -89,6 +89,16 @@ def test_any_shape_becomes_a_square(width, height, size, crop):
 def test_raw_pixels_round_trip(h, w):
     pixels = np.random.default_rng(h * 10 + w).integers(0, 256, (h, w, 3), np.uint8)
     assert np.array_equal(raw_pixels(npy_bytes(pixels)), pixels)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.booleans(), st.integers(1, 100), st.sampled_from([0, 1, 2]), st.booleans(), st.booleans())
+def test_the_fast_decoder_gives_the_pixels_of_pillow(width, height, grey, quality, subsampling, progressive, smooth):
+    draw = np.random.default_rng(width * 100 + height)
+    pixels = np.full((height, width, 3), 90, np.uint8) if smooth else draw.integers(0, 256, (height, width, 3), np.uint8)
+    image, buffer = Image.fromarray(pixels).convert("L" if grey else "RGB"), io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+    assert _plain_jpeg(buffer.getvalue()) == (width, height)
+    assert np.array_equal(decode_rgb(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB")))
 
 
 def picture(kind):
