@@ -109,8 +109,8 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         for name, value in own.items(): setattr(self, name, value)
 
     def fit(self, X, y=None):
-        self.classes_, codes = (np.array(X.classes), None) if isinstance(X, Images) else np.unique(y,
-            return_inverse=True)
+        found = (np.array(X.classes), None) if isinstance(X, Images) else np.unique(y, return_inverse=True)
+        self.classes_, codes = found
         images = as_images(X, codes)
         torch.manual_seed(self.seed)
         self.model_ = load_resnet(self.arch, self.weights, len(self.classes_), self.batchnorm)
@@ -120,7 +120,8 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X):
-        return self.classes_[predict(self.model_, as_images(X))[0]] if not isinstance(X, Images) else predict(self.model_, X)[0]
+        guess = predict(self.model_, as_images(X))[0]
+        return guess if isinstance(X, Images) else self.classes_[guess]
     def score(self, X, y=None):
         if isinstance(X, Images): return evaluate(self.model_, X).accuracy
         return float((self.predict(X) == np.asarray(y)).mean())
@@ -132,7 +133,7 @@ def default_recipe(
     characters:bool=False, # digits and glyphs must not be mirrored
 ) -> Recipe:
     "A recipe that works without tuning; the lesson on weight tuning says why each choice."
-    small = arch in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+    small = arch in SMALL
     batch = 128 if n >= 20_000 else 64 if n >= 2_000 else 32
     augment = "affine" if characters else "crop-flip" if small else "resized-crop-flip"
     if small: return Recipe(epochs=3 if n >= 20_000 else 15, batch_size=batch, lr=.05*batch/128, augment=augment)
@@ -142,7 +143,7 @@ def default_recipe(
 def fine_tune(
     data, # anything that `load_images` takes
     folder, # gets the run, the evaluation, the ledger, report.html and card.md
-    arch:str="resnet20", weights="shipped", recipe:Recipe=None, # None: `default_recipe`
+    arch:str="resnet20", weights="shipped", recipe=None, # a Recipe; None or a dict: `default_recipe` with these fields changed
     root=None, limit:int=None, seed:int=0, batchnorm:str="frozen-with-layer",
     resume:bool=True, device="auto", workers:int=2, progress:bool=True,
 ) -> dict: # {"run", "evaluation", "before", "ledger", "report"}
@@ -152,7 +153,8 @@ def fine_tune(
     train, valid, test = images.three_way(seed)
     torch.manual_seed(seed)
     model = load_resnet(arch, weights, len(images.classes), batchnorm)
-    recipe = recipe or default_recipe(arch, len(train), data in ("digits", "glyphs")).replace(seed=seed)
+    if not isinstance(recipe, Recipe):
+        recipe = default_recipe(arch, len(train), data in ("digits", "glyphs")).replace(seed=seed, **(recipe or {}))
     if recipe.size: model.info["size"] = recipe.size
     fits = weights is not None and all(row[3] != "new head" for row in model.loading)
     before = evaluate(model, test, device=device, workers=workers) if fits else None

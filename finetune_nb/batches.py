@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .environment import FinetuneError, keyed_uniform, mix64
+from .environment import FinetuneError, keyed_uniform, mix64, pick_device
 from .sources import BadImage, decode_rgb, fit_square
 
 # %% ../nbs/22_batches.ipynb #f044f776
@@ -128,12 +128,11 @@ class Loader:
     def __len__(self): return len(self.edges) - 1
 
     def __iter__(self):
-        spans = zip(self.edges[:-1], self.edges[1:])
-        if self.workers == 0:
-            for span in spans:
-                yield self._batch(*span)
+        spans, threads = zip(self.edges[:-1], self.edges[1:]), self._threads()
+        if threads == 0:
+            for span in spans: yield self._batch(*span)
             return
-        with concurrent.futures.ThreadPoolExecutor(self._threads(), thread_name_prefix="decode") as pool:
+        with concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             ahead = deque()
             try:
                 for span in spans:
@@ -143,16 +142,14 @@ class Loader:
             finally:
                 for job in ahead: job.cancel()
 
-    @property
-    def decoded(self): # whether every square lies in the cache: there is nothing left but to augment
-        return self.cache is not None and bool(self.cache.filled.all())
-
     def _threads(self):
-        """One for small images that are still to be decoded: two would spend more time in handing each other the
-        interpreter than in decoding."""
-        if self.decoded: return self.workers
+        "How many threads help: at most `workers`."
+        if self.cache is not None and self.cache.filled.all():
+            # Only augmentation is left. On a CPU the cores that would do it ahead are those that train.
+            return 0 if pick_device().type == "cpu" else self.workers
+        # Two threads spend more time in handing each other the interpreter than in decoding small images.
         lengths = self.images.lengths_at(np.arange(min(64, len(self.images))))
-        return 1 if 0 < lengths.mean() < 8192 else self.workers
+        return min(1, self.workers) if 0 < lengths.mean() < 8192 else self.workers
 
     def _batch(self, first, last):
         share = (last - first)/self.world
@@ -188,7 +185,7 @@ class Loader:
 class PixelCache:
     "Decoded squares uint8 [N, S, S, 3] with a mark for each row that is there; rows fill as they are first used."
     def __init__(self, n, size, pixels=None): # `pixels` where they all lie in memory already
-        self.pixels, self.filled = np.zeros((n, size, size, 3), np.uint8) if pixels is None else pixels, np.full(n,
-            pixels is not None)
+        self.pixels = np.zeros((n, size, size, 3), np.uint8) if pixels is None else pixels
+        self.filled = np.full(n, pixels is not None)
 
     def put(self, row, square): self.pixels[row] = square; self.filled[row] = True

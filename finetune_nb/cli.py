@@ -6,7 +6,7 @@
 __all__ = ['app', 'demo', 'doctor', 'train', 'evaluate', 'predict', 'pack', 'report', 'pretrain', 'main']
 
 # %% ../nbs/20_command_line.ipynb #fa01e7a6
-import json, sys
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -44,12 +44,9 @@ def train(
     batchnorm:str="frozen-with-layer", limit:Optional[int]=None, seed:int=0, device:str="auto", workers:int=2, resume:bool=True,
 ):
     "Fine-tune a ResNet on a source of images; the same command goes on after an interruption."
-    from finetune_nb.application import default_recipe, fine_tune
-    from finetune_nb.data import load_images
-    n = len(load_images(data, limit=limit, seed=seed).three_way(seed)[0])
+    from finetune_nb.application import fine_tune
     given = {name: value for name, value in dict(strategy=strategy, epochs=epochs, batch_size=batch_size, lr=lr, size=size, augment=augment).items() if value is not None}
-    recipe = default_recipe(arch, n, data in ("digits", "glyphs")).replace(seed=seed, **given)
-    found = fine_tune(data, folder, arch, None if weights == "none" else weights, recipe, limit=limit, seed=seed, batchnorm=batchnorm, resume=resume,
+    found = fine_tune(data, folder, arch, None if weights == "none" else weights, given, limit=limit, seed=seed, batchnorm=batchnorm, resume=resume,
                       device=device, workers=workers, progress=sys.stderr.isatty())
     typer.echo(found["ledger"].summary())
     if found["evaluation"].set_aside or found["run"].meta["set_aside"]:

@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'rate', 'momentum_at', 'apply_strategy', 'make_optimize
            'recalibrate']
 
 # %% ../nbs/28_engine.ipynb #436a8c96
-import copy, json, math, time
+import copy, functools, json, math, time
 
 import numpy as np
 import safetensors, safetensors.torch
@@ -128,16 +128,14 @@ class Loop:
                    "stopped": False, "set_aside": {}, "clock": 0.0}
 
     def _loader(self, epoch, start):
-        loader = self.train.loader(batch_size=self.recipe.batch_size, size=self.size, crop_ratio=self.model.info["crop_ratio"],
-                                   augment=self.recipe.augment, shuffle=True, seed=self.recipe.seed, epoch=epoch, start=start,
-                                   workers=self.workers)
-        # On a CPU the cores that would augment ahead are those that train: threads would only get in their way.
-        if self.device.type == "cpu" and loader.decoded: loader.workers = 0
-        return loader
+        return self.train.loader(batch_size=self.recipe.batch_size, size=self.size, crop_ratio=self.model.info["crop_ratio"],
+                                 augment=self.recipe.augment, shuffle=True, seed=self.recipe.seed, epoch=epoch,
+                                 start=start, workers=self.workers)
 
     @property
     def kept(self): return self.average if self.average is not None else self.model
 
+    @functools.cached_property
     def identity(self):
         "What must be the same for a saved state to fit."
         return {"recipe": self.recipe.as_dict(), "data": self.train.fingerprint(), "valid": self.valid.fingerprint() if self.valid is not None else None,
@@ -145,7 +143,7 @@ class Loop:
 
     def save(self):
         save_state(self.folder/"state.safetensors", self.model, self.optimizer, self.average,
-                   self.at | {"identity": self.identity(), "threads": torch.get_num_threads()})
+                   self.at | {"identity": self.identity, "threads": torch.get_num_threads()})
 
     def step(self, batch, scales):
         recipe, model, step = self.recipe, self.model, self.at["step"]

@@ -6,8 +6,7 @@
 __all__ = ['save_index', 'open_index', 'Images', 'from_arrays', 'with_splits']
 
 # %% ../nbs/26_index.ipynb #332eb3c7
-import functools, hashlib, io, json
-from pathlib import Path
+import functools, hashlib, json
 
 import numpy as np
 import pyarrow as pa

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .data import Images
-from .environment import FinetuneError, sha256_file, versions, write_atomic
+from .environment import sha256_file, versions, write_atomic
 from .evaluation import Evaluation
-from .sources import BadImage
 from .training import Run
 
 # %% ../nbs/24_report.ipynb #175e6044

@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SUFFIXES', 'SPLIT_NAMES', 'MAX_PIXELS', 'BadImage', 'make_tabl
            'scan_parquet', 'ByteReader', 'decode_rgb', 'open_rgb', 'npy_bytes', 'raw_pixels', 'fit_square']
 
 # %% ../nbs/21_sources.ipynb #50fc64b4
-import collections, functools, io, json, math, os, re, tarfile, threading, warnings
+import collections, functools, io, json, math, os, tarfile, threading, warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid", "validation": "valid", "dev": "valid",
                "test": "test", "testing": "test"}
 MAX_PIXELS = 100_000_000  # an image that claims more is set aside unread: it could fill the memory
-_DICT8, _DICT32 = pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.string())
 # Pillow warns of odd metadata and of many pixels: the first does not matter here, the second has its own limit.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -92,9 +91,8 @@ def scan_folder(
     paths, lengths = [paths[i] for i in order], np.array(lengths, np.int64)[order]
     names, splits = rows_from_paths(paths, folder)
     classes = sorted({name for name in names if name is not None})
-    code = {name: i for i, name in enumerate(classes)} | {None: -1}
     return make_table(paths, [f"{folder}/{path}" for path in paths], np.zeros(len(paths)), lengths,
-                      [code[name] for name in names], splits, classes)
+                      _codes(names, classes), splits, classes)
 
 # %% ../nbs/21_sources.ipynb #f3ddd7d2
 def _members(path):
@@ -146,7 +144,8 @@ def scan_tars(
             keys += [m[0] for m in pictures]; names += found; splits += of_split
         files += [path]*len(pictures)
         offsets += [m[1] for m in pictures]; lengths += [m[2] for m in pictures]
-    return make_table(keys, files, offsets, lengths, _codes(names), splits, _class_names(names))
+    classes = _class_names(names)
+    return make_table(keys, files, offsets, lengths, _codes(names, classes), splits, classes)
 
 
 def _class_names(names):
@@ -155,8 +154,8 @@ def _class_names(names):
     return sorted(found, key=int) if found and all(name.isdigit() for name in found) else sorted(found)
 
 
-def _codes(names):
-    code = {name: i for i, name in enumerate(_class_names(names))} | {None: -1}
+def _codes(names, classes):
+    code = {name: i for i, name in enumerate(classes)} | {None: -1}
     return [code[name] for name in names]
 
 # %% ../nbs/21_sources.ipynb #277114a2
@@ -188,8 +187,7 @@ def scan_parquet(
         splits += table["split"].to_pylist() if "split" in wanted else [SPLIT_NAMES.get(stem.split("-")[0].lower(), "")]*len(labels)
         files += [path]*len(labels); offsets += range(len(labels))
     classes = classes or _class_names(names)
-    code = {name: i for i, name in enumerate(classes)} | {None: -1}
-    return make_table(keys, files, offsets, np.full(len(keys), -1), [code[n] for n in names], splits, classes)
+    return make_table(keys, files, offsets, np.full(len(keys), -1), _codes(names, classes), splits, classes)
 
 # %% ../nbs/21_sources.ipynb #5922f553
 def _packed(path, table):
@@ -227,9 +225,11 @@ class ByteReader:
 
     def _from_parquet(self, file, row):
         with self.lock:
-            if file not in self.open: self.open[file] = pq.ParquetFile(file)
-            handle = self.open[file]
-            starts = np.cumsum([0] + [handle.metadata.row_group(i).num_rows for i in range(handle.num_row_groups)])
+            if file not in self.open:
+                opened = pq.ParquetFile(file)
+                sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+                self.open[file] = opened, np.cumsum([0] + sizes)
+            handle, starts = self.open[file]
             group = int(np.searchsorted(starts, row, "right")) - 1
             if (file, group) not in self.groups:
                 self.groups[file, group] = handle.read_row_group(group, columns=["image"])["image"].combine_chunks()
@@ -270,7 +270,7 @@ def decode_rgb(
     "Decode one image to RGB. Raises `BadImage` with the reason."
     if data[:6] == b"\x93NUMPY": return raw_pixels(data)
     size = _plain_jpeg(data)
-    # torchvision decodes to the same pixels as Pillow, two to three times as fast for small images; what it refuses, Pillow is asked about.
+    # torchvision decodes to the same pixels as Pillow, and faster; what it refuses, Pillow is asked about.
     if size and 0 < size[0]*size[1] <= MAX_PIXELS and not (shrink_to and min(size) > 2*shrink_to):
         try: return _decode_jpeg()(data)
         except RuntimeError: pass

@@ -114,7 +114,7 @@ def _check(model, train, valid):
 
 def _go_on(loop, folder):
     meta = load_state(folder/"state.safetensors", loop.model, loop.optimizer, loop.average)
-    saved, own = meta.pop("identity"), json.loads(json.dumps(loop.identity()))
+    saved, own = meta.pop("identity"), json.loads(json.dumps(loop.identity))
     if saved != own:
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | d["recipe"]
         differs = [f"{k}: {flat(saved).get(k)} then, {flat(own).get(k)} now" for k in flat(own)
@@ -122,7 +122,6 @@ def _go_on(loop, folder):
         raise FinetuneError(f"{folder} holds another run ({'; '.join(differs)}): choose another folder, or resume=False to start anew there")
     threads = meta.pop("threads")
     if threads != torch.get_num_threads():
-        import warnings
         warnings.warn(f"the run was begun with {threads} threads and goes on with {torch.get_num_threads()}: sums may round differently")
     loop.at |= meta
 
@@ -160,7 +159,7 @@ def fit(
         raise
     finally: torch.set_rng_state(before)
     loop.finish()
-    meta = {"recipe": recipe.as_dict(), "recipe_hash": recipe.hash, "history": loop.at["history"], "data": loop.identity()["data"], "device": str(device),
+    meta = {"recipe": recipe.as_dict(), "recipe_hash": recipe.hash, "history": loop.at["history"], "data": loop.identity["data"], "device": str(device),
             "threads": torch.get_num_threads(), "versions": versions(), "stopped_early": loop.at["stopped"], "set_aside": loop.at["set_aside"], "info": model.info}
     if folder:
         save_model(model, folder/"model.safetensors")

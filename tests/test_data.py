@@ -161,9 +161,9 @@ def options(**changes):
 
 @pytest.mark.parametrize("augment", ["none", "shift", "crop-flip", "affine", "resized-crop-flip"])
 def test_batches_do_not_depend_on_threads_or_batch_size(photos, augment):
-    images = load_images(photos).split("train")
     by_row = {}
     for workers, batch_size in ((0, 16), (3, 16), (1, 5)):
+        images = load_images(photos).split("train")  # anew, so that each of them decodes and none finds the squares of another
         for batch in images.loader(**options(workers=workers, batch_size=batch_size, augment=augment)):
             for pixels, row in zip(batch.pixels, batch.rows):
                 assert np.array_equal(by_row.setdefault(int(row), pixels.numpy()), pixels.numpy())

@@ -73,9 +73,14 @@ def test_one_way_down(path):
     assert not up, f"{path.stem} (floor {FLOOR[path.stem]}) imports {up} from its own floor or above"
 
 
+def python_of(cell):
+    """A cell without IPython's magics."""
+    return re.sub(r"^\s*[%!].*$", "", source(cell), flags=re.M)
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_lesson_imports_lower_floors_only(path):
-    code = "\n".join(re.sub(r"^\s*[%!].*$", "", source(c), flags=re.M) for c in cells(path, "code"))
+    code = "\n".join(map(python_of, cells(path, "code")))
     home = re.search(r"#\| default_exp (\w+)", code)
     if home is None:
         return
@@ -119,7 +124,7 @@ def draws(code):
 def test_every_figure_is_stored(path):
     """A cell that draws shows what it drew: a backend that was switched on the way would hide it, and nothing else would tell."""
     for cell in cells(path, "code"):
-        code = re.sub(r"^\s*[%!].*$", "", source(cell), flags=re.M)
+        code = python_of(cell)
         if draws(code):
             assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), f"{path.name}: no picture under {code[:60]!r}"
 
