@@ -119,6 +119,30 @@ def _(answer):
     return "it must shuffle, and differently for another seed" if order == list(range(10)) or order == [answer(10, 8, p) for p in range(10)] else ""
 
 # %% ../nbs/99_checks.ipynb #37006b98
+@_checker("5.1")
+def _(answer):
+    p = np.array([[.9, .1], [.8, .2], [.3, .7], [.45, .55]])
+    got = answer(p, np.array([0, 1, 1, 0]), 2)
+    if got is None: return "return the places of the most doubtful labels"
+    if list(got) == [3, 1]: return "the worst first: the label with the least probability"
+    return "" if list(got) == [1, 3] else "how probable is the *given* label in each row? the smallest first"
+
+@_checker("5.2")
+def _(answer):
+    x = np.array([1., 2., 3., 10., 50., 7.])
+    got = answer([(2, x[:2].sum(), (x[:2]**2).sum()), (4, x[2:].sum(), (x[2:]**2).sum())])
+    if got is None: return "return mean and standard deviation"
+    if _close(got[0], (x[:2].mean() + x[2:].mean())/2): return "the mean of the parts' means is not the mean: parts have different sizes"
+    return "" if _close(got, [x.mean(), x.std()]) else "add up counts, sums and squares first; the variance is the mean square minus the square of the mean"
+
+@_checker("5.3")
+def _(answer):
+    got = answer([(0, 1), (2, 3), (4, 5)], ["train", "test", "train", "train", "test", "test"])
+    if got is None: return "return the rows to drop, as a set"
+    if set(got) & {1, 4, 5}: return "a test row is never dropped: the training row goes"
+    return "" if set(got) == {0, 3} else "of twins in two splits the training row goes; in one split the later one"
+
+# %% ../nbs/99_checks.ipynb #46c26a67
 @_checker("6.1")
 def _(answer):
     got = answer({"module.conv1.weight": 1, "module.linear.bias": 2})
@@ -142,7 +166,30 @@ def _(answer):
     if not all(p.requires_grad for p in net[2].parameters()): return "the last layer must learn"
     return "" if not net[1].training else "BatchNorm's running statistics still move: it must be in eval mode"
 
-# %% ../nbs/99_checks.ipynb #46c26a67
+# %% ../nbs/99_checks.ipynb #ebb724fa
+@_checker("7.1")
+def _(answer):
+    maps = np.arange(2*3*2*2, dtype=float).reshape(2, 3, 2, 2)
+    got = answer(maps)
+    if got is None: return "return one row an image: means, then maxima"
+    if np.shape(got) == (2, 6) and _close(got[:, :3], maps.mean((0, 2, 3))): return "pool over positions only, not over images"
+    return "" if np.shape(got) == (2, 6) and _close(got, np.concatenate([maps.mean((2, 3)), maps.max((2, 3))], 1)) else "the mean over the last two axes, then the maximum over them, joined along the columns"
+
+@_checker("7.2")
+def _(answer):
+    if _close(answer(1000, [64, 128], 4), 3.072): return "that is four bytes a number; float16 has two"
+    return "" if _close(answer(1000, [64, 128], 4), 1.536) and _close(answer(10**6, [512], 1), 1024) else "images × columns × 2 bytes; columns = channels of all blocks × cells"
+
+@_checker("7.3")
+def _(answer):
+    train, test = np.array([[1., 5.], [3., 5.]]), np.array([[4., 6.]])
+    got = answer(train, test)
+    if got is None: return "return two arrays: training rows and test rows, scaled"
+    if not np.isfinite(np.concatenate(got)).all(): return "the second column does not vary: its standard deviation is 0"
+    if not _close(got[1][0, 0], 2.): return "test rows are scaled with the training rows' mean and standard deviation"
+    return "" if _close(got[0], [[-1, 0], [1, 0]]) and _close(got[1], [[2, 0]]) else "a column that is constant in training becomes 0, in test too"
+
+# %% ../nbs/99_checks.ipynb #359e560b
 @_checker("9.1")
 def _(answer):
     if answer(0, 100, .1, 1.) == 0: return "a rate of 0 wastes the first step: begin above it"
@@ -169,7 +216,7 @@ def _(answer):
         return "one worse epoch is not two: the count begins anew at each new best"
     return "stop at the first epoch that lies `patience` epochs after the best one; None if there is none"
 
-# %% ../nbs/99_checks.ipynb #ebb724fa
+# %% ../nbs/99_checks.ipynb #9e70aee2
 @_checker("13.1")
 def _(answer):
     got = answer([0]*90 + [1]*10, [0]*100)
@@ -188,7 +235,7 @@ def _(answer):
     if _close(got, 0.): return "over- and under-confidence must not cancel: take the absolute value in each bin"
     return "" if _close(got, .1) and _close(answer(np.array([.8]), np.array([0])), .8) else "bins of confidence; |accuracy − confidence| in each, weighted by its share"
 
-# %% ../nbs/99_checks.ipynb #359e560b
+# %% ../nbs/99_checks.ipynb #049e7830
 @_checker("14.1")
 def _(answer):
     image = np.array([[50., 100.], [150., 200.]])

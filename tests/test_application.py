@@ -179,6 +179,12 @@ def test_command_line_goes_the_whole_road(tmp_path):
     done = cli("predict", "--model", tmp_path / "run", "--data", folder)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(rows) == 43 and {r[1] for r in rows} <= {"class0", "class1", "class2", "unreadable"} and [r for r in rows if r[1] == "unreadable"][0][0] == "class0/bad.jpg"
+    for _ in range(2):  # the second time nothing is decoded again
+        done = cli("audit", "--data", folder, "-o", tmp_path / "audit", "--arch", "resnet20", "--size", 32)
+        assert done.returncode == 0 and "near_duplicate" in done.stdout, done.stderr
+    assert (tmp_path / "audit/audit.parquet").is_file()
+    done = cli("features", "--data", folder, "-o", tmp_path / "features", "--size", 32)
+    assert "336 columns" in done.stdout, done.stderr
     done = cli("pack", "--data", folder, "-o", tmp_path / "packed", "--size", 32, "--encoding", "raw")
     assert done.returncode == 0 and "42 rows" in done.stdout and "bad.jpg" in (tmp_path / "packed" / "set_aside.csv").read_text()
     (tmp_path / "run" / "report.html").unlink()

@@ -1,0 +1,212 @@
+"""What lesson 5 reports on real people's labels: real_cleaning.py published | labels | leaks | training | hymenoptera.
+
+Reads FINETUNE_NB_DATA, writes ledgers to data/results/05_preprocessing/. Where cleanlab is installed its figures stand beside ours.
+"""
+import csv
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import NBS, ROOT
+from scipy.stats import t as student
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from finetune_nb.data import load_images
+from finetune_nb.environment import cache_folder, notebook_hash
+from finetune_nb.evaluation import Ledger, evaluate
+from finetune_nb.features import extract_features, linear_probe
+from finetune_nb.index import Images
+from finetune_nb.models import load_resnet
+from finetune_nb.neighbours import nearest
+from finetune_nb.preprocessing import FILTERS, SCORES, audit, fold_of, label_issues, label_quality, out_of_fold
+from finetune_nb.training import Recipe, fit
+
+REAL = Path(os.environ["FINETUNE_NB_DATA"])
+WEIGHTS = REAL / "weights/resnet18_imagenet.pth"
+OUT = ROOT / "data/results/05_preprocessing"
+COLUMNS = ("aggre_label", "random_label1", "worse_label")
+ledger = Ledger()
+
+
+def say(stage, text, **figures):
+    print(text, flush=True)
+    ledger.add(stage, text=text, **figures)
+
+
+def cleanlab_scores(p, y, wrong):
+    """cleanlab's own score and filters on the same probabilities, or None where it is not installed."""
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError:
+        print("cleanlab is not installed: its figures are left out")
+        return None
+    scores = {name: np.abs(get_label_quality_scores(y, p, method=name) - label_quality(p, y, name)).max() for name in SCORES}
+    ours = {"confident_learning": "confident_learning", "prune_by_noise_rate": "noise_rate"}
+    filters = {a: (f1_score(wrong, find_label_issues(y, p, filter_by=a, n_jobs=1)), f1_score(wrong, label_issues(p, y, b))) for a, b in ours.items()}
+    return scores, filters
+
+
+def judged(stage, p, y, truth, compare=False):
+    wrong = y != truth
+    auroc = {name: float(roc_auc_score(wrong, -label_quality(p, y, name))) for name in SCORES}
+    ap = float(average_precision_score(wrong, -label_quality(p, y)))
+    f1 = {name: float(f1_score(wrong, label_issues(p, y, name))) for name in FILTERS}
+    text = (f"{stage:44} wrong {wrong.mean():5.1%}  AUROC " + " ".join(f"{v:.4f}" for v in auroc.values()) + f"  AP {ap:.3f}  F1 " + " ".join(f"{v:.3f}" for v in f1.values()))
+    say(stage, text, n=len(y), auroc=auroc, ap=ap, f1=f1, agreement=float((p.argmax(1) == truth).mean()))
+    theirs = cleanlab_scores(p, y, wrong) if compare else None
+    if theirs:
+        text = f"{'  cleanlab on the same probabilities':44} largest difference of a score {max(theirs[0].values()):.0e}; F1 " + ", ".join(f"{name} {a:.3f} (ours {b:.3f})" for name, (a, b) in theirs[1].items())
+        say(stage + ", cleanlab", text, score_difference=theirs[0], f1=theirs[1])
+
+
+def head(what):
+    say("head", f"{what:44}              AUROC {' / '.join(SCORES)}; AP; F1 of {' / '.join(FILTERS)}")
+
+
+def published():
+    head("published out-of-fold predictions")
+    for path in sorted((REAL / "label_errors").glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            judged(path.stem, file["pred_probs"].astype(np.float64), file["noisy_labels"].astype(int), file["true_labels"].astype(int), compare=True)
+    return {"data": "label_errors"}
+
+
+def net():
+    torch.manual_seed(0)
+    return load_resnet("resnet18", WEIGHTS, 10).eval()
+
+
+def human_labels(images):
+    """Columns of CIFAR-10N for the rows of `images`, by path."""
+    with np.load(REAL / "cifar10n_labels.npz", allow_pickle=False) as file:
+        at = {str(path): i for i, path in enumerate(file["path"])}
+        keys = images.table["key"].take(np.asarray(images.rows_at(np.arange(len(images))))).to_pylist()
+        rows = [at[next(key[i:] for i in range(len(key)) if key[i:] in at)] if key not in at else at[key] for key in (k.removeprefix("train/") for k in keys)]
+        return {name: file[name][rows].astype(int) for name in ("clean_label", *COLUMNS)}
+
+
+def neighbour_votes(x, y, k=30, folds=5):
+    """Out-of-fold class shares among the nearest neighbours: the second cheap model."""
+    fold, out = fold_of(y, folds), np.zeros((len(y), y.max() + 1))
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    for f in range(folds):
+        out[fold == f] = KNeighborsClassifier(k, weights="distance").fit(x[fold != f], y[fold != f]).predict_proba(x[fold == f])
+    return out
+
+
+def labels(n=20_000, size=96):
+    images = load_images("cifar10", "train", limit=n)
+    features = extract_features(net(), images, size=size, folder=cache_folder() / f"cleaning/{n}-{size}", progress=True)
+    human, last, everything = human_labels(images), features.of_layers(features.layers[-1]), np.asarray(features.array, np.float32)
+    head(f"CIFAR-10N, {len(images):,} images, ResNet-18 at {size} px")
+    for column in COLUMNS:
+        y, truth = human[column], human["clean_label"]
+        parts = {"probe on the last block": out_of_fold(last, y, c=1e-3), "probe on all blocks": out_of_fold(everything, y, c=1e-3), "30 nearest neighbours": neighbour_votes(last, y)}
+        for name, p in parts.items():
+            judged(f"{column}, {name}", p, y, truth, compare=name == "probe on all blocks")
+        judged(f"{column}, mean of the three", np.mean(list(parts.values()), 0), y, truth)
+        judged(f"{column}, in-sample (the trap)", linear_probe(everything, y, 1e-3).predict_proba(everything), y, truth)
+    return {"data": "cifar10n", "size": size, "fingerprint": images.fingerprint()}
+
+
+def leaks(size=64):
+    train, test = (load_images("cifar10", split) for split in ("train", "test"))
+    both = Images(train.table, np.r_[np.asarray(test.rows), np.asarray(train.rows)], None, train.shared) if train.table is test.table else load_images("cifar10")
+    features = extract_features(net(), both, size=size, folder=cache_folder() / f"cleaning/all-{size}", progress=True)
+    splits = both.column("split").astype(str)
+    keys = both.table["key"].take(np.asarray(both.rows_at(np.arange(len(both))))).to_pylist()
+    place = {key.split("/", 1)[-1] if key.split("/", 1)[0] in ("train", "test") else key: i for i, key in enumerate(keys) if splits[i] == "test"}
+    with open(REAL / "cifar10_train_test_duplicates.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name, x in (("last block", features.of_layers(features.layers[-1])), ("all blocks", np.asarray(features.array, np.float32))):
+        best = best_in_train(x, splits)
+        for way in ("all pairs",):
+            report_leaks(f"{name}, {way}", best, rows, place, keys, splits)
+    return {"data": "cifar10 duplicates", "size": size, "fingerprint": both.fingerprint()}
+
+
+def best_in_train(x, splits):
+    """For each test row its most similar training row: (similarity, place)."""
+    x = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6))
+    x = torch.nn.functional.normalize(x, dim=1)
+    test, train = (torch.from_numpy(np.flatnonzero(splits == name)) for name in ("test", "train"))
+    top = [(x[part] @ x[train].T).max(1) for part in test.split(1000)]
+    return dict(zip(test.tolist(), zip(torch.cat([t.values for t in top]).tolist(), train[torch.cat([t.indices for t in top])].tolist())))
+
+
+def report_leaks(stage, best, rows, place, keys, splits):
+    columns = list(rows[0])
+    test_column = next(c for c in columns if "test" in c)
+    train_column = next(c for c in columns if "train" in c)
+    judged_near = [row for row in rows if str(row[next(c for c in columns if "judg" in c)]) == "1"]
+    found = []
+    for row in judged_near:
+        i = place[row[test_column].removeprefix("test/")]
+        similarity, j = best[i]
+        found.append((similarity, keys[j].endswith(row[train_column].removeprefix("train/"))))
+    right = sum(ok for _, ok in found)
+    order = np.sort([s for s, _ in best.values()])[::-1]
+    text = f"{stage:24} {len(found)} judged near-duplicates: the nearest training image is the judged one for {right} ({right / len(found):.1%})"
+    for goal in (.90, .95, .98):
+        scores = sorted((s for s, ok in found if ok), reverse=True)
+        needed = int(np.ceil(goal * len(found)))
+        if needed <= len(scores):
+            looked = int((order >= scores[needed - 1]).sum())
+            text += f"; {goal:.0%} of all at {looked} candidates, {looked / needed:.1f} for each true pair"
+    say(stage, text, n=len(found), found=right)
+
+
+def training(n=5000, size=64, seeds=3):
+    images = load_images("cifar10", "train", limit=n)
+    test = load_images("cifar10", "test", limit=5000)
+    human = human_labels(images)
+    features = extract_features(net(), images, size=size, folder=cache_folder() / f"cleaning/{n}-{size}", progress=True)
+    recipe = Recipe(epochs=2, batch_size=32, lr=.02, body_lr=.1, size=size, augment="crop-flip", weight_decay=1e-4)
+    for column in ("aggre_label", "worse_label"):
+        y, truth, result = human[column], human["clean_label"], {}
+        p = np.mean([out_of_fold(features.array, y, c=1e-3), neighbour_votes(features.of_layers(features.layers[-1]), y)], 0)
+        arms = {"raw": np.ones(n, bool), "cleaned": ~label_issues(p, y, "argmax"), "oracle": y == truth}
+        table = images.table
+        values = table["label"].to_numpy().copy()
+        values[images.rows_at(np.arange(n))] = y
+        noisy = images.with_table(table.set_column(table.column_names.index("label"), "label", [values.astype(np.int32)]))
+        for seed in range(seeds):
+            for arm, keep in arms.items():
+                torch.manual_seed(seed)
+                model = load_resnet("resnet18", WEIGHTS, 10)
+                model.info["size"] = size
+                fit(model, noisy.select(np.resize(np.flatnonzero(keep), n)), None, recipe.replace(seed=seed), progress=False)
+                result.setdefault(arm, []).append(evaluate(model, test, size=size).accuracy)
+                print(column, seed, arm, result[arm][-1], flush=True)
+        for arm in ("cleaned", "oracle"):
+            gain = np.array(result[arm]) - np.array(result["raw"])
+            half = student.ppf(.975, seeds - 1) * gain.std(ddof=1) / seeds**.5
+            verdict = "pays" if gain.mean() > half else "harms" if gain.mean() < -half else "no difference that these seeds can show"
+            say(f"{column}, {arm}", f"{column:14} raw {np.mean(result['raw']):.4f}, {arm:7} {np.mean(result[arm]):.4f} ({arms[arm].sum()} of {n} rows), difference {gain.mean():+.4f} [{gain.mean() - half:+.4f}, {gain.mean() + half:+.4f}] → {verdict}",
+                n=len(test), raw=result["raw"], arm=result[arm])
+    return {"data": "cifar10n training", "size": size, "fingerprint": images.fingerprint()}
+
+
+def hymenoptera():
+    images = load_images("hymenoptera")
+    torch.manual_seed(0)
+    found = audit(images, extract_features(load_resnet("resnet18", WEIGHTS, 2).eval(), images, progress=True))
+    for line in found.summary().splitlines():
+        say("summary", line, n=len(images))
+    for name in ("unreadable", "odd_size", "odd_aspect", "low_contrast", "exact_duplicate", "near_duplicate", "leak", "label"):
+        for i in found.suspects(name)[:4]:
+            say(name, f"  {name:16} {found.keys[i]}  given {images.classes[images.labels[i]]}  score {found.scores[name][i]:.3f}", n=len(images))
+    return {"data": "hymenoptera", "fingerprint": images.fingerprint()}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        ledger = Ledger()
+        context = {"published": published, "labels": labels, "leaks": leaks, "training": training, "hymenoptera": hymenoptera}[name]()
+        place = ledger.save(OUT / f"{name}-cpu.json", lesson="05_preprocessing", source=notebook_hash(NBS / "05_preprocessing.ipynb"), device="cpu", threads=torch.get_num_threads(), **context)
+        print("written", place.relative_to(ROOT))
