@@ -153,4 +153,4 @@ def main():
         sys.exit(130)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()  # for torchrun -m; a notebook has no file
