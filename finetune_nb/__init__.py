@@ -12,6 +12,7 @@ _HOMES = {
     "data": ("Images", "from_arrays", "load_images", "three_way"),
     "models": ("load_resnet", "load_model", "save_model", "count_cost"),
     "features": ("Features", "extract_features", "linear_probe"),
+    "feature_selection": ("Selection", "select_features", "selected_model"),
     "evaluation": ("Evaluation", "Ledger", "evaluate"),
     "training": ("Recipe", "Run", "fit", "recalibrate"),
     "preprocessing": ("Audit", "audit", "label_issues", "label_quality", "out_of_fold"),

@@ -190,6 +190,31 @@ def _(answer):
     return "" if _close(got[0], [[-1, 0], [1, 0]]) and _close(got[1], [[2, 0]]) else "a column that is constant in training becomes 0, in test too"
 
 # %% ../nbs/99_checks.ipynb #359e560b
+@_checker("8.1")
+def _(answer):
+    weights = np.array([[1., 1., 1.], [0., 0., 1.5], [-2., 2., 0.], [3., -3.5, 1.]])
+    got = answer(weights, 2)
+    if got is None: return "return the places of k columns"
+    got = np.asarray(got).tolist()
+    if got == [0, 3] or got == np.argsort(-weights.sum(1))[:2].tolist(): return "a sum lets weights of opposite sign cancel: take the length"
+    return "" if got == [3, 2] and np.asarray(answer(weights, 3)).tolist() == [3, 2, 0] else "the Euclidean length of each row, then the k largest, the longest first"
+
+@_checker("8.2")
+def _(answer):
+    got = answer(np.array([3., 4.]), 1.)
+    if _close(got, [2., 3.]): return "that shortens each number by itself and turns the vector, as plain l1 does: the group is shortened as a whole"
+    if not _close(got, [2.4, 3.2]): return "the same direction, shorter by the charge"
+    if not _close(answer(np.array([.3, -.4]), 1.), [0., 0.]): return "a vector shorter than the charge becomes zero; it does not turn round"
+    return "" if _close(answer(np.zeros(2), 1.), [0., 0.]) else "the vector of zeros has no direction: do not divide by its length"
+
+@_checker("8.3")
+def _(answer):
+    values, labels = np.array([1., 2., 3., 5., 6., 7., 8.]), np.array([0, 0, 0, 1, 1, 1, 1])
+    got, between, inside = answer(values, labels), 3*(2 - 32/7)**2 + 4*(6.5 - 32/7)**2, 7.
+    if _close(got, between/inside): return "each sum by its degrees of freedom: K − 1 between, n − K inside"
+    return "" if _close(got, between/(inside/5)) else "class means around the mean of all, weighted by the classes' sizes, over the spread inside the classes"
+
+# %% ../nbs/99_checks.ipynb #9e70aee2
 @_checker("9.1")
 def _(answer):
     if answer(0, 100, .1, 1.) == 0: return "a rate of 0 wastes the first step: begin above it"
@@ -216,7 +241,7 @@ def _(answer):
         return "one worse epoch is not two: the count begins anew at each new best"
     return "stop at the first epoch that lies `patience` epochs after the best one; None if there is none"
 
-# %% ../nbs/99_checks.ipynb #9e70aee2
+# %% ../nbs/99_checks.ipynb #049e7830
 @_checker("13.1")
 def _(answer):
     got = answer([0]*90 + [1]*10, [0]*100)
@@ -235,7 +260,7 @@ def _(answer):
     if _close(got, 0.): return "over- and under-confidence must not cancel: take the absolute value in each bin"
     return "" if _close(got, .1) and _close(answer(np.array([.8]), np.array([0])), .8) else "bins of confidence; |accuracy − confidence| in each, weighted by its share"
 
-# %% ../nbs/99_checks.ipynb #049e7830
+# %% ../nbs/99_checks.ipynb #5689d50b
 @_checker("14.1")
 def _(answer):
     image = np.array([[50., 100.], [150., 200.]])

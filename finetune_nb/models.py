@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .edits import apply_edit
 from .environment import FinetuneError, shipped_file, write_atomic
 
 # %% ../nbs/06_transfer_learning.ipynb #7d1c6ade
@@ -227,6 +228,7 @@ def load_model(
         raise FinetuneError(f"{path} is damaged ({error}): take it from a backup or train again") from error
     if not info: raise FinetuneError(f"{path} was not written by finetune_nb: use load_resnet(arch, weights=path)")
     model = build(info["arch"], info["num_classes"])
+    for edit in info["edits"]: model = apply_edit(model, edit)
     model.info = info
     load_weights(model, read_checkpoint(path), str(path), new_head=False)
     return model.eval()

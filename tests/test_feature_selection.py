@@ -1,0 +1,162 @@
+"""Selectors against independent oracles, leaks refused, chance where there is nothing to learn."""
+import numpy as np
+import pytest
+from sklearn.feature_selection import f_classif
+
+from finetune_nb import feature_selection as fs
+from finetune_nb.environment import FinetuneError
+from finetune_nb.feature_selection import METHODS, Moments, Selection, group_lasso, select_features
+from finetune_nb.features import Features, linear_probe
+
+
+def made(n=300, d=40, useful=6, k=3, seed=0, strength=1.5):
+    """Features of which the first `useful` tell the classes apart, the next `useful` are their copies, and the rest is noise."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, k, n)
+    x = rng.normal(size=(n, d))
+    x[:, :useful] += strength * rng.normal(size=(k, useful))[y]
+    x[:, useful:2 * useful] = x[:, :useful] + rng.normal(0, .05, (n, useful))
+    x *= rng.uniform(.1, 10, d)
+    meta = {"data": "d", "model": "m", "columns": [["layer1.0", "mean", d // 2], ["layer2.0", "mean", d - d // 2]]}
+    return Features(x.astype(np.float16), y, np.arange(n, dtype=np.uint64), meta)
+
+
+def test_moments_in_blocks_equal_two_passes(monkeypatch):
+    features = made()
+    rows = np.sort(np.random.default_rng(1).choice(300, 211, replace=False))
+    whole = Moments(features.array, features.labels[rows], rows)
+    original = fs._blocks
+    monkeypatch.setattr(fs, "_blocks", lambda array, rows, size=7: original(array, rows, size))
+    small = Moments(features.array, features.labels[rows], rows)
+    x = features.array[rows].astype(np.float64)
+    for found in (whole, small):
+        np.testing.assert_allclose(found.variance, x.var(0), rtol=1e-9)
+        np.testing.assert_allclose(found.f, f_classif(x, features.labels[rows])[0], rtol=1e-8)
+
+
+def test_constant_columns_have_no_f_and_are_not_chosen():
+    features = made()
+    features.array[:, 3] = 2.5
+    assert Moments(features.array, features.labels, np.arange(300)).f[3] == 0
+    for method in METHODS:
+        assert not select_features(features, method=method, k=39).mask[3], method
+    with pytest.raises(FinetuneError, match="only 39 columns vary over these rows, fewer than k=40"):
+        select_features(features, method="variance", k=40)
+
+
+@pytest.mark.parametrize("penalty", [.005, .03, .1])
+def test_group_lasso_is_at_its_optimum(penalty):
+    """The conditions of Karush, Kuhn and Tucker, with the gradient from autograd in float64."""
+    torch = pytest.importorskip("torch")
+    features = made(seed=3)
+    rows = np.arange(0, 300, 2)
+    y = features.labels[rows]
+    w, b = group_lasso(features.array, y, rows, penalty, steps=3000, tolerance=1e-8)
+    x = features.array[rows].astype(np.float64)
+    x = torch.from_numpy((x - x.mean(0)) / x.std(0))
+    tw, tb = (torch.from_numpy(v.copy()).requires_grad_() for v in (w, b))
+    torch.nn.functional.cross_entropy(x @ tw + tb, torch.from_numpy(y)).backward()
+    g, length = tw.grad.numpy(), np.linalg.norm(w, axis=1)
+    assert 0 < (length > 0).sum() < 40 or penalty == .005
+    assert np.linalg.norm(g[length == 0], axis=1).max(initial=0) <= penalty * 1.001
+    np.testing.assert_allclose(g[length > 0], -penalty * w[length > 0] / length[length > 0, None], atol=penalty * 2e-3)
+    assert np.abs(tb.grad.numpy()).max() < 1e-4
+
+
+def test_group_lasso_without_penalty_is_the_l2_free_fit():
+    features = made(n=200, d=8, useful=2, strength=.5)
+    w, b = group_lasso(features.array, features.labels, np.arange(200), 0., steps=3000, tolerance=1e-9)
+    from sklearn.linear_model import LogisticRegression
+    x = features.array.astype(np.float64)
+    x = (x - x.mean(0)) / x.std(0)
+    oracle = LogisticRegression(C=np.inf, max_iter=5000, tol=1e-10).fit(x, features.labels).predict_proba(x)
+    z = np.exp(x @ w + b)
+    np.testing.assert_allclose(z / z.sum(1, keepdims=True), oracle, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("random", "variance")])
+def test_useful_columns_are_found(method):
+    picked = np.flatnonzero(select_features(made(strength=2.), method=method, k=6).mask)
+    assert (picked < 12).sum() >= 5, picked
+
+
+def test_redundancy_counts():
+    """F takes a column and its copy; mRMR takes one of each pair first."""
+    rng = np.random.default_rng(0)
+    y = np.arange(400) % 4
+    signal = 2. * np.eye(4)[y] + rng.normal(size=(400, 4))
+    x = np.concatenate([signal, signal + rng.normal(0, .05, (400, 4)), rng.normal(size=(400, 8))], 1)
+    features = Features(x.astype(np.float16), y, np.arange(400, dtype=np.uint64), {"data": "d", "model": "m", "columns": [["layer1.0", "mean", 16]]})
+    distinct = {method: len(set((np.flatnonzero(select_features(features, method=method, k=4).mask) % 4).tolist())) for method in ("mrmr", "anova")}
+    assert distinct["mrmr"] == 4 > distinct["anova"]
+
+
+def test_random_does_not_look_and_differs_by_seed():
+    a, b, c = (select_features(made(), method="random", k=10, seed=s).mask for s in (0, 0, 1))
+    assert (a == b).all() and (a != c).any()
+
+
+def test_rows_outside_have_no_say():
+    features = made()
+    rows = np.arange(150)
+    before = {m: select_features(features, method=m, k=8, rows=rows).mask for m in METHODS}
+    features.array[150:] = np.random.default_rng(9).normal(size=(150, 40)) * 50
+    features.labels[150:] = 0
+    for method, mask in before.items():
+        assert (select_features(features, method=method, k=8, rows=rows).mask == mask).all(), method
+    assert (select_features(features, method="anova", k=8, rows=np.arange(300) < 150).mask == before["anova"]).all()
+
+
+def test_a_planted_leak_is_refused():
+    features = made()
+    picked = select_features(features, k=5, rows=np.arange(200))
+    assert picked.held_out(features, np.arange(200, 300)).shape == (100, 5)
+    with pytest.raises(FinetuneError, match="1 of these 101 rows took part in the selection"):
+        picked.held_out(features, np.arange(199, 300))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_labels_end_at_chance(method):
+    features = made(n=600, d=200, strength=0.)
+    features.labels[:] = np.random.default_rng(5).integers(0, 2, 600)
+    right = 0
+    for f in range(3):
+        inside = np.arange(600) % 3 != f
+        picked = select_features(features, method=method, k=20, rows=inside)
+        right += (linear_probe(picked.take(features, inside), features.labels[inside]).predict(picked.held_out(features, ~inside)) == features.labels[~inside]).sum()
+    assert abs(right / 600 - .5) < 3.5 * .5 / 600**.5, right / 600
+
+
+def test_kept_and_refused(tmp_path):
+    features = made()
+    picked = select_features(features, k=7)
+    picked.save(tmp_path / "s.npz")
+    again = Selection.load(tmp_path / "s.npz")
+    assert (again.mask == picked.mask).all() and again.by_layer() == picked.by_layer() and again.meta["method"] == "group_lasso"
+    assert sum(chosen for chosen, _ in again.by_layer().values()) == 7 == len(again)
+    with pytest.raises(FinetuneError, match="took part"):
+        again.held_out(features)
+    other = made()
+    other.meta["model"] = "another"
+    with pytest.raises(FinetuneError, match="features of another model"):
+        picked.take(other)
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(FinetuneError, match="not a stored selection"):
+        Selection.load(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(method="best"), "choose from variance"), (dict(labels=[0, 1]), "2 labels but 300 rows"), (dict(rows=[]), "no training rows"), (dict(k=0), "between 1 and the 40"),
+    (dict(k=41), "between 1 and the 40"), (dict(labels=np.zeros(300, int)), "all of one class"), (dict(labels=np.full(300, -1)), "300 of the rows have no label")])
+def test_what_is_refused(change, message):
+    with pytest.raises(FinetuneError, match=message):
+        select_features(made(), **change)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "random"])
+def test_nan_is_named(method):
+    features = made()
+    features.array[5] = np.nan
+    with pytest.raises(FinetuneError, match="1 of the rows 0 … hold NaN.*features.good"):
+        select_features(features, method=method, k=3)
+    assert len(select_features(features, method=method, k=3, rows=features.good)) == 3
