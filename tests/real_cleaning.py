@@ -1,4 +1,4 @@
-"""What lesson 5 reports on real people's labels: real_cleaning.py published | labels | leaks | training | hymenoptera.
+"""What lesson 5 reports on real people's labels: real_cleaning.py published | labels | leaks | finetuned | training | hymenoptera.
 
 Reads FINETUNE_NB_DATA, writes ledgers to data/results/05_preprocessing/. Where cleanlab is installed its figures stand beside ours.
 """
@@ -18,9 +18,7 @@ from finetune_nb.data import load_images
 from finetune_nb.environment import cache_folder, notebook_hash
 from finetune_nb.evaluation import Ledger, evaluate
 from finetune_nb.features import extract_features, linear_probe
-from finetune_nb.index import Images
 from finetune_nb.models import load_resnet
-from finetune_nb.neighbours import nearest
 from finetune_nb.preprocessing import FILTERS, SCORES, audit, fold_of, label_issues, label_quality, out_of_fold
 from finetune_nb.training import Recipe, fit
 
@@ -80,12 +78,15 @@ def net():
     return load_resnet("resnet18", WEIGHTS, 10).eval()
 
 
+def keys_of(images):
+    return images.table["key"].take(np.asarray(images.rows_at(np.arange(len(images))))).to_pylist()
+
+
 def human_labels(images):
     """Columns of CIFAR-10N for the rows of `images`, by path."""
     with np.load(REAL / "cifar10n_labels.npz", allow_pickle=False) as file:
-        at = {str(path): i for i, path in enumerate(file["path"])}
-        keys = images.table["key"].take(np.asarray(images.rows_at(np.arange(len(images))))).to_pylist()
-        rows = [at[next(key[i:] for i in range(len(key)) if key[i:] in at)] if key not in at else at[key] for key in (k.removeprefix("train/") for k in keys)]
+        at = {str(path).removeprefix("train/"): i for i, path in enumerate(file["path"])}
+        rows = [at[key.removeprefix("train/")] for key in keys_of(images)]
         return {name: file[name][rows].astype(int) for name in ("clean_label", *COLUMNS)}
 
 
@@ -110,78 +111,101 @@ def labels(n=20_000, size=96):
         for name, p in parts.items():
             judged(f"{column}, {name}", p, y, truth, compare=name == "probe on all blocks")
         judged(f"{column}, mean of the three", np.mean(list(parts.values()), 0), y, truth)
-        judged(f"{column}, in-sample (the trap)", linear_probe(everything, y, 1e-3).predict_proba(everything), y, truth)
+        judged(f"{column}, the strong probe in-sample", linear_probe(everything, y, 1e-3).predict_proba(everything), y, truth)
+        judged(f"{column}, a weak penalty, out of fold", out_of_fold(everything, y, c=1.), y, truth)
+        judged(f"{column}, a weak penalty, in-sample", linear_probe(everything, y, 1.).predict_proba(everything), y, truth)
     return {"data": "cifar10n", "size": size, "fingerprint": images.fingerprint()}
 
 
-def leaks(size=64):
-    train, test = (load_images("cifar10", split) for split in ("train", "test"))
-    both = Images(train.table, np.r_[np.asarray(test.rows), np.asarray(train.rows)], None, train.shared) if train.table is test.table else load_images("cifar10")
+def leaks(size=64, near=5):
+    both = load_images("cifar10")
     features = extract_features(net(), both, size=size, folder=cache_folder() / f"cleaning/all-{size}", progress=True)
-    splits = both.column("split").astype(str)
-    keys = both.table["key"].take(np.asarray(both.rows_at(np.arange(len(both))))).to_pylist()
-    place = {key.split("/", 1)[-1] if key.split("/", 1)[0] in ("train", "test") else key: i for i, key in enumerate(keys) if splits[i] == "test"}
+    splits, place = both.column("split").astype(str), {key: i for i, key in enumerate(keys_of(both))}
     with open(REAL / "cifar10_train_test_duplicates.csv") as file:
-        rows = list(csv.DictReader(file))
-    for name, x in (("last block", features.of_layers(features.layers[-1])), ("all blocks", np.asarray(features.array, np.float32))):
-        best = best_in_train(x, splits)
-        for way in ("all pairs",):
-            report_leaks(f"{name}, {way}", best, rows, place, keys, splits)
+        judged_near = [(place[row["test"]], place[row["train"]]) for row in csv.DictReader(file) if row["judgment"] == "1"]
+    middle = [name for name in features.layers if name.startswith(("layer2", "layer3"))]
+    for name, layers in (("last block", features.layers[-1:]), ("all blocks", features.layers), ("middle blocks", middle)):
+        similarity, place_of = nearest_in_train(features.of_layers(*layers), splits, near)
+        first, among = (np.mean([j in place_of[i][:n] for i, j in judged_near]) for n in (1, near))
+        order, found = (np.sort(list(values))[::-1] for values in ([s[0] for s in similarity.values()], [similarity[i][0] for i, j in judged_near if j in place_of[i]]))
+        text = f"{name:14} of {len(judged_near)} judged near-duplicates the nearest training image is the judged one for {first:.1%}, one of the {near} nearest for {among:.1%}"
+        looked = {}
+        for goal in (.5, .9, .95):
+            needed = int(np.ceil(goal * len(judged_near)))
+            if needed <= len(found):
+                looked[str(goal)] = int((order >= found[needed - 1]).sum())
+                text += f"; {goal:.0%} of all within the {looked[str(goal)]} most similar test images, {looked[str(goal)] / needed:.1f} to look at for each"
+        say(name, text, n=len(judged_near), nearest=first, among=among, looked=looked)
     return {"data": "cifar10 duplicates", "size": size, "fingerprint": both.fingerprint()}
 
 
-def best_in_train(x, splits):
-    """For each test row its most similar training row: (similarity, place)."""
-    x = torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6))
-    x = torch.nn.functional.normalize(x, dim=1)
+def nearest_in_train(x, splits, k):
+    """For each test row its k most similar training rows, by cosine of standardised columns: {place: similarities}, {place: places}."""
+    x = torch.nn.functional.normalize(torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6)), dim=1)
     test, train = (torch.from_numpy(np.flatnonzero(splits == name)) for name in ("test", "train"))
-    top = [(x[part] @ x[train].T).max(1) for part in test.split(1000)]
-    return dict(zip(test.tolist(), zip(torch.cat([t.values for t in top]).tolist(), train[torch.cat([t.indices for t in top])].tolist())))
+    top = [(x[part] @ x[train].T).topk(k, 1) for part in test.split(1000)]
+    similarity, at = torch.cat([t.values for t in top]).tolist(), train[torch.cat([t.indices for t in top])].tolist()
+    return dict(zip(test.tolist(), similarity)), dict(zip(test.tolist(), at))
 
 
-def report_leaks(stage, best, rows, place, keys, splits):
-    columns = list(rows[0])
-    test_column = next(c for c in columns if "test" in c)
-    train_column = next(c for c in columns if "train" in c)
-    judged_near = [row for row in rows if str(row[next(c for c in columns if "judg" in c)]) == "1"]
-    found = []
-    for row in judged_near:
-        i = place[row[test_column].removeprefix("test/")]
-        similarity, j = best[i]
-        found.append((similarity, keys[j].endswith(row[train_column].removeprefix("train/"))))
-    right = sum(ok for _, ok in found)
-    order = np.sort([s for s, _ in best.values()])[::-1]
-    text = f"{stage:24} {len(found)} judged near-duplicates: the nearest training image is the judged one for {right} ({right / len(found):.1%})"
-    for goal in (.90, .95, .98):
-        scores = sorted((s for s, ok in found if ok), reverse=True)
-        needed = int(np.ceil(goal * len(found)))
-        if needed <= len(scores):
-            looked = int((order >= scores[needed - 1]).sum())
-            text += f"; {goal:.0%} of all at {looked} candidates, {looked / needed:.1f} for each true pair"
-    say(stage, text, n=len(found), found=right)
+RECIPE = Recipe(epochs=2, batch_size=32, lr=.005, size=64, augment="crop-flip", weight_decay=1e-4)
+
+def with_labels(images, y):
+    """The same images with other labels."""
+    table = images.table
+    values = table["label"].to_numpy().copy()
+    values[images.rows_at(np.arange(len(images)))] = y
+    return images.with_table(table.set_column(table.column_names.index("label"), "label", [values.astype(np.int32)]))
 
 
-def training(n=5000, size=64, seeds=3):
+def tuned(images, rows, recipe):
+    """A ResNet-18 from ImageNet, fine-tuned on some of the rows."""
+    torch.manual_seed(recipe.seed)
+    model = load_resnet("resnet18", WEIGHTS, 10)
+    model.info["size"] = recipe.size
+    fit(model, images.select(rows), None, recipe, progress=False)
+    return model
+
+
+def probabilities(model, images):
+    found = evaluate(model, images, size=model.info["size"])
+    return torch.from_numpy(np.asarray(found.logits, np.float64)).softmax(1).numpy()
+
+
+def finetuned(n=5000, folds=3):
+    """Out-of-fold probabilities of fine-tuned nets, beside the probe on the same images, their mean, and the same nets in-sample."""
     images = load_images("cifar10", "train", limit=n)
-    test = load_images("cifar10", "test", limit=5000)
     human = human_labels(images)
-    features = extract_features(net(), images, size=size, folder=cache_folder() / f"cleaning/{n}-{size}", progress=True)
-    recipe = Recipe(epochs=2, batch_size=32, lr=.02, body_lr=.1, size=size, augment="crop-flip", weight_decay=1e-4)
+    features = extract_features(net(), images, size=96, folder=cache_folder() / f"cleaning/{n}-96", progress=True)
+    head(f"CIFAR-10N, {n:,} images, ResNet-18 fine-tuned at {RECIPE.size} px")
+    for column in ("aggre_label", "worse_label"):
+        y, truth = human[column], human["clean_label"]
+        noisy, fold, out, inside = with_labels(images, y), fold_of(y, folds), np.zeros((n, 10)), np.zeros((n, 10))
+        for f in range(folds):
+            model = tuned(noisy, np.flatnonzero(fold != f), RECIPE.replace(seed=f))
+            p = probabilities(model, noisy)
+            out[fold == f] = p[fold == f]
+            inside[fold != f] += p[fold != f] / (folds - 1)
+        probe = out_of_fold(features.array, y, c=1e-3, folds=folds)
+        for name, p in (("probe at 96 px", probe), ("fine-tuned", out), ("mean of both", (probe + out) / 2), ("fine-tuned, in-sample", inside)):
+            judged(f"{column}, {name}", p, y, truth)
+    return {"data": "cifar10n finetuned", "size": RECIPE.size, "fingerprint": images.fingerprint()}
+
+
+def training(n=5000, seeds=3):
+    """The same fine-tuning, step for step, on given, cleaned and true labels."""
+    images, test = load_images("cifar10", "train", limit=n), load_images("cifar10", "test", limit=5000)
+    human = human_labels(images)
+    features = extract_features(net(), images, size=96, folder=cache_folder() / f"cleaning/{n}-96", progress=True)
     for column in ("aggre_label", "worse_label"):
         y, truth, result = human[column], human["clean_label"], {}
-        p = np.mean([out_of_fold(features.array, y, c=1e-3), neighbour_votes(features.of_layers(features.layers[-1]), y)], 0)
-        arms = {"raw": np.ones(n, bool), "cleaned": ~label_issues(p, y, "argmax"), "oracle": y == truth}
-        table = images.table
-        values = table["label"].to_numpy().copy()
-        values[images.rows_at(np.arange(n))] = y
-        noisy = images.with_table(table.set_column(table.column_names.index("label"), "label", [values.astype(np.int32)]))
+        p = out_of_fold(features.array, y, c=1e-3)
+        arms = {"raw": np.ones(n, bool), "cleaned": ~label_issues(p, y, "noise_rate"), "oracle": y == truth}
+        noisy = with_labels(images, y)
         for seed in range(seeds):
             for arm, keep in arms.items():
-                torch.manual_seed(seed)
-                model = load_resnet("resnet18", WEIGHTS, 10)
-                model.info["size"] = size
-                fit(model, noisy.select(np.resize(np.flatnonzero(keep), n)), None, recipe.replace(seed=seed), progress=False)
-                result.setdefault(arm, []).append(evaluate(model, test, size=size).accuracy)
+                model = tuned(noisy, np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(keep)), n), RECIPE.replace(seed=seed))
+                result.setdefault(arm, []).append(evaluate(model, test, size=RECIPE.size).accuracy)
                 print(column, seed, arm, result[arm][-1], flush=True)
         for arm in ("cleaned", "oracle"):
             gain = np.array(result[arm]) - np.array(result["raw"])
@@ -189,7 +213,7 @@ def training(n=5000, size=64, seeds=3):
             verdict = "pays" if gain.mean() > half else "harms" if gain.mean() < -half else "no difference that these seeds can show"
             say(f"{column}, {arm}", f"{column:14} raw {np.mean(result['raw']):.4f}, {arm:7} {np.mean(result[arm]):.4f} ({arms[arm].sum()} of {n} rows), difference {gain.mean():+.4f} [{gain.mean() - half:+.4f}, {gain.mean() + half:+.4f}] → {verdict}",
                 n=len(test), raw=result["raw"], arm=result[arm])
-    return {"data": "cifar10n training", "size": size, "fingerprint": images.fingerprint()}
+    return {"data": "cifar10n training", "size": RECIPE.size, "fingerprint": images.fingerprint()}
 
 
 def hymenoptera():
@@ -207,6 +231,6 @@ def hymenoptera():
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         ledger = Ledger()
-        context = {"published": published, "labels": labels, "leaks": leaks, "training": training, "hymenoptera": hymenoptera}[name]()
+        context = {"published": published, "labels": labels, "leaks": leaks, "finetuned": finetuned, "training": training, "hymenoptera": hymenoptera}[name]()
         place = ledger.save(OUT / f"{name}-cpu.json", lesson="05_preprocessing", source=notebook_hash(NBS / "05_preprocessing.ipynb"), device="cpu", threads=torch.get_num_threads(), **context)
         print("written", place.relative_to(ROOT))
