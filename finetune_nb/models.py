@@ -210,8 +210,7 @@ def train_mode(model:nn.Module) -> nn.Module:
 def save_model(model:nn.Module, path) -> Path:
     "Write weights as safetensors, with `info` in the header; `load_model` rebuilds the net from the two. No pickle."
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    meta = {"finetune_nb": json.dumps(model.info, ensure_ascii=False)}
-    return write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, meta))
+    return write_atomic(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, {"finetune_nb": json.dumps(model.info, ensure_ascii=False)}))
 
 
 def load_model(
@@ -222,8 +221,7 @@ def load_model(
     if not path.is_file():
         raise FinetuneError(f"{path} does not exist: give the folder of a finished run, or a model.safetensors")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            info = json.loads((file.metadata() or {}).get("finetune_nb", "null"))
+        with safetensors.safe_open(path, "pt") as file: info = json.loads((file.metadata() or {}).get("finetune_nb", "null"))
     except safetensors.SafetensorError as error:
         raise FinetuneError(f"{path} is damaged ({error}): take it from a backup or train again") from error
     if not info: raise FinetuneError(f"{path} was not written by finetune_nb: use load_resnet(arch, weights=path)")

@@ -1,12 +1,18 @@
 """Selectors against independent oracles, leaks refused, chance where there is nothing to learn."""
 import numpy as np
 import pytest
+import torch
 from sklearn.feature_selection import f_classif
 
+from finetune_nb import engine
 from finetune_nb import feature_selection as fs
 from finetune_nb.environment import FinetuneError
-from finetune_nb.feature_selection import METHODS, Moments, Selection, group_lasso, select_features
-from finetune_nb.features import Features, linear_probe
+from finetune_nb.feature_selection import METHODS, Moments, group_lasso, select_features
+from finetune_nb.features import Features, extract_features, linear_probe
+from finetune_nb.index import from_arrays
+from finetune_nb.models import load_model, load_resnet, save_model, to_input
+from finetune_nb.selection import Selection, selected_model
+from finetune_nb.training import Recipe, fit
 
 
 def made(n=300, d=40, useful=6, k=3, seed=0, strength=1.5):
@@ -47,7 +53,6 @@ def test_constant_columns_have_no_f_and_are_not_chosen():
 @pytest.mark.parametrize("penalty", [.005, .03, .1])
 def test_group_lasso_is_at_its_optimum(penalty):
     """The conditions of Karush, Kuhn and Tucker, with the gradient from autograd in float64."""
-    torch = pytest.importorskip("torch")
     features = made(seed=3)
     rows = np.arange(0, 300, 2)
     y = features.labels[rows]
@@ -160,3 +165,109 @@ def test_nan_is_named(method):
     with pytest.raises(FinetuneError, match="1 of the rows 0 … hold NaN.*features.good"):
         select_features(features, method=method, k=3)
     assert len(select_features(features, method=method, k=3, rows=features.good)) == 3
+
+
+def joined_of(classes=3, seen=None, pool=("mean", "max", "grid"), k=30):
+    torch.manual_seed(0)
+    net = load_resnet("resnet20", "shipped", classes).eval()
+    rng = np.random.default_rng(0)
+    images = from_arrays(rng.integers(0, 255, (48, 32, 32, 3)).astype(np.uint8), np.arange(48) % classes)
+    features = extract_features(net, images, pool=pool)
+    rows = np.flatnonzero(features.labels < (seen or classes))
+    picked = select_features(features, method="anova", k=k, rows=rows)
+    probe = linear_probe(picked.take(features, rows), features.labels[rows], c=.1)
+    return net, images, features, picked, probe
+
+
+@pytest.mark.parametrize("classes, seen", [(2, None), (5, None), (5, 4)])
+def test_joined_model_is_the_probe(classes, seen, tmp_path):
+    """From pixels to the probe's probabilities, up to the float16 of the stored features; also with two classes and one unseen."""
+    net, images, features, picked, probe = joined_of(classes, seen)
+    joined = selected_model(net, picked, probe)
+    again = load_model(save_model(joined, tmp_path / "model.safetensors"))
+    assert again.info["edits"] == joined.info["edits"] and net.info["edits"] == []
+    batch = next(iter(images.loader(batch_size=48, size=32)))
+    x = to_input(batch.pixels, net)
+    with torch.inference_mode():
+        ours, loaded = joined(x).softmax(1).numpy(), again(x).softmax(1).numpy()
+    oracle = np.zeros((48, classes))
+    oracle[:, probe[-1].classes_] = probe.predict_proba(picked.take(features))
+    np.testing.assert_allclose(ours, oracle, atol=.01)
+    assert (ours == loaded).all()
+    np.testing.assert_allclose(joined.pooled(x).detach().numpy(), picked.take(features), rtol=2e-3, atol=2e-3)
+
+
+def test_joined_model_can_be_fine_tuned_and_resumed(tmp_path, monkeypatch):
+    net, images, features, picked, probe = joined_of()
+    joined, recipe = selected_model(net, picked, probe), Recipe(epochs=2, batch_size=16, lr=.001)
+    before = {name: value.clone() for name, value in joined.state_dict().items()}
+    written = engine.save_state
+
+    def stop(*state):
+        written(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "save_state", stop)
+        fit(joined, images, None, recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model.safetensors").exists(), "the run was not stopped"
+    run = fit(selected_model(net, picked, probe), images, None, recipe, tmp_path / "run", progress=False)
+    whole = fit(selected_model(net, picked, probe), images, None, recipe, progress=False)
+    kept = load_model(tmp_path / "run").state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert (kept[name] == value).all() and (run.model.state_dict()[name] == value).all(), name
+    assert all((kept[name] == before[name]).all() for name in kept if name in ("centre", "scale") or name.startswith("chosen"))
+    assert all((kept[name] != before[name]).any() for name in ("conv1.weight", "layer3.2.conv2.weight", "fc.weight"))
+
+
+def test_parts_that_do_not_belong_together():
+    net, images, features, picked, probe = joined_of()
+    with pytest.raises(FinetuneError, match="the probe has 31 inputs, the selection 30"):
+        selected_model(net, picked, linear_probe(np.random.default_rng(0).normal(size=(9, 31)), np.arange(9) % 3))
+    with torch.no_grad():
+        net.conv1.weight += 1
+    with pytest.raises(FinetuneError, match="features of another model"):
+        selected_model(net, picked, probe)
+
+
+def test_an_edit_that_is_not_known(tmp_path):
+    net = load_resnet("resnet20", "shipped", 3)
+    net.info["edits"] = [{"edit": "fold", "times": 2}]
+    save_model(net, tmp_path / "model.safetensors")
+    with pytest.raises(FinetuneError, match="changed by 'fold', which this version does not know"):
+        load_model(tmp_path)
+    net.info["edits"] = [{"edit": "select_columns", "taps": [["layer9.0", "mean", 4]], "num_classes": 3}]
+    save_model(net, tmp_path / "model.safetensors")
+    with pytest.raises(FinetuneError, match="no 4 columns of 'mean' of the block 'layer9.0'"):
+        load_model(tmp_path)
+
+
+def test_path_by_the_strong_rule_is_the_path(monkeypatch):
+    """Screening must not change the answer: the same penalties without it, solved as tightly, end with the same columns."""
+    features, rows, looked = made(n=200, d=60, seed=4), np.arange(200), []
+    y, moments = features.labels, Moments(features.array, features.labels, rows)
+
+    def tight(array, labels, rows, penalty, start, steps, tolerance, moments, among=None):
+        looked.append(60 if among is None else len(among))
+        return group_lasso(array, labels, rows, penalty, start, 3000, 1e-7, moments, among)
+
+    monkeypatch.setattr(fs, "group_lasso", tight)
+    length = fs.group_lasso_path(features.array, y, rows, 12, moments)
+    assert min(looked) < 20, "nothing was screened"
+    start = np.zeros((60, 3)), np.log(moments.count / 200)
+    penalty = np.linalg.norm(fs._loss(fs._standard(features.array, rows, moments, np.arange(60)), y, *start)[1], axis=1).max()
+    while (np.linalg.norm(start[0], axis=1) > 0).sum() < 12:
+        penalty *= .7
+        start = tight(features.array, y, rows, penalty, start, 0, 0, moments)
+    np.testing.assert_allclose(length, np.linalg.norm(start[0], axis=1), atol=.01 * length.max())
+
+
+def test_blocks_that_do_not_fit_in_memory(monkeypatch):
+    features, rows = made(), np.arange(300)
+    moments = Moments(features.array, features.labels, rows)
+    whole = group_lasso(features.array, features.labels, rows, .03, moments=moments)
+    original, read = fs._standard, fs._blocks
+    monkeypatch.setattr(fs, "_blocks", lambda array, rows, size=64: read(array, rows, size))
+    monkeypatch.setattr(fs, "_standard", lambda *a: original(*a, memory=0))
+    streamed = group_lasso(features.array, features.labels, rows, .03, moments=moments)
+    np.testing.assert_allclose(streamed[0], whole[0], atol=1e-9)
