@@ -13,10 +13,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .engine import STRATEGIES, Loop, load_state, rate, recalibrate
+from .engine import Loop, load_state, rate, recalibrate
 from .environment import FinetuneError, fingerprint, pick_device, versions, write_atomic
 from .index import Images
 from .models import load_model, save_model
+from .strategies import STRATEGIES
+
+# %% ../nbs/09_training.ipynb #c2a7d5e1
+def _sound(recipe):
+    "Refuse values that cannot work, before anything is computed."
+    def demand(good, field, what):
+        if not good: raise FinetuneError(f"Recipe({field}={getattr(recipe, field)!r}): {what}")
+    for field in ("lr", "body_lr", "momentum", "weight_decay", "clip_norm", "ema", "swa", "sam", "warmup", "label_smoothing", "pull", "layer_decay"):
+        demand(0 <= getattr(recipe, field) < math.inf, field, "must be a finite number, 0 or more")
+    for field in ("epochs", "batch_size", "rank", "layer_decay"): demand(getattr(recipe, field) >= 1, field, "must be 1 or more")
+    for field in ("ema", "warmup", "label_smoothing", "momentum"):
+        demand(getattr(recipe, field) < 1, field, "must be below 1")
+    demand(recipe.swa <= 1 and not (recipe.swa and recipe.ema), "swa", "is a share of the steps, and takes the place of ema: set ema=0")
+    demand(not (recipe.optimizer == "schedule-free" and (recipe.ema or recipe.swa)), "optimizer", "averages by itself: set ema=0 and swa=0")
+    demand(not (recipe.optimizer == "schedule-free" and recipe.schedule != "constant"), "optimizer", 'needs schedule="constant"; warmup may stay')
+    demand(recipe.strategy in STRATEGIES, "strategy", f"choose from {', '.join(STRATEGIES)}")
+    for field, names in {"optimizer": ("sgd", "adamw", "schedule-free"), "schedule": ("one-cycle", "cosine", "constant"), "precision": ("auto", "fp32", "bf16")}.items():
+        demand(getattr(recipe, field) in names, field, f"choose from {', '.join(names)}")
 
 # %% ../nbs/09_training.ipynb #a9879c03
 @dataclass(frozen=True)
@@ -25,7 +43,7 @@ class Recipe:
     strategy: str = "full"          # a name in `STRATEGIES`
     epochs: int = 10
     batch_size: int = 64
-    optimizer: str = "sgd"          # "sgd" (Nesterov) | "adamw"
+    optimizer: str = "sgd"          # "sgd" (Nesterov) | "adamw" | "schedule-free"
     lr: float = 0.02                # the highest rate, for the head
     body_lr: float = 1.0            # the rate of everything below the head, as a multiple of lr
     momentum: float = 0.9
@@ -35,7 +53,13 @@ class Recipe:
     label_smoothing: float = 0.0
     clip_norm: float = 5.0          # largest gradient norm; 0 switches clipping off
     ema: float = 0.0                # decay of an average of the weights, which is then what is kept; 0 switches it off
+    swa: float = 0.0                # share of the steps, the last ones, whose weights are averaged and kept; 0 switches it off
+    sam: float = 0.0                # radius within which a step looks for the worst point; 0 switches it off
     freeze_epochs: int = 0          # only the head learns in the first epochs
+    layers: tuple = ()              # of "surgical": such as layer1; none: the one with the largest relative gradient
+    layer_decay: float = 2.6        # of "discriminative": each layer learns so many times slower than the one above it
+    rank: int = 8                   # of "lora"
+    pull: float = 0.01              # of "l2-sp": how strongly the body is held to where it began
     patience: int = 0               # epochs without a better validation loss before stopping; 0 never stops
     augment: str = "none"           # a name in `batches.AUGMENTATIONS`
     size: int = 0                   # side in pixels; 0 takes the model's
@@ -45,16 +69,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        def demand(good, field, what):
-            if not good: raise FinetuneError(f"Recipe({field}={getattr(self, field)!r}): {what}")
-        for field in ("lr", "body_lr", "momentum", "weight_decay", "clip_norm", "ema", "warmup", "label_smoothing"):
-            demand(0 <= getattr(self, field) < math.inf, field, "must be a finite number, 0 or more")
-        for field in ("epochs", "batch_size"): demand(getattr(self, field) >= 1, field, "must be 1 or more")
-        for field in ("ema", "warmup", "label_smoothing", "momentum"):
-            demand(getattr(self, field) < 1, field, "must be below 1")
-        demand(self.strategy in STRATEGIES, "strategy", f"choose from {', '.join(STRATEGIES)}")
-        for field, names in {"optimizer": ("sgd", "adamw"), "schedule": ("one-cycle", "cosine", "constant"), "precision": ("auto", "fp32", "bf16")}.items():
-            demand(getattr(self, field) in names, field, f"choose from {', '.join(names)}")
+        object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        _sound(self)
     def replace(self, **changes): return dataclasses.replace(self, **changes)
     def as_dict(self): return dataclasses.asdict(self)
     hash = property(lambda self: fingerprint(self.as_dict()))
@@ -113,8 +129,9 @@ def _check(model, train, valid):
 
 
 def _go_on(loop, folder):
-    meta = load_state(folder/"state.safetensors", loop.model, loop.optimizer, loop.average)
+    meta = load_state(folder/"state.safetensors", loop.model, loop.optimizer, loop.average, loop.tensors)
     saved, own = meta.pop("identity"), json.loads(json.dumps(loop.identity))
+    saved["recipe"] = json.loads(json.dumps(Recipe().as_dict())) | saved["recipe"]  # fields that came later had their defaults
     if saved != own:
         flat = lambda d: {k: v for k, v in d.items() if k != "recipe"} | d["recipe"]
         differs = [f"{k}: {flat(saved).get(k)} then, {flat(own).get(k)} now" for k in flat(own)
@@ -154,8 +171,8 @@ def fit(
     try:
         with tqdm(total=loop.total, initial=loop.at["step"], disable=not progress, desc=recipe.strategy, unit="step", leave=False) as bar:
             while loop.at["epoch"] < recipe.epochs and not loop.at["stopped"]: loop.run_epoch(bar, save_every)
-    except KeyboardInterrupt:
-        if folder: loop.save()
+    except BaseException as error:
+        loop.give_up(keep=isinstance(error, KeyboardInterrupt))
         raise
     finally: torch.set_rng_state(before)
     loop.finish()

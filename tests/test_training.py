@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from finetune_nb.data import load_images
-from finetune_nb.engine import STRATEGIES, Loop, make_optimizer, momentum_at, rate
+from finetune_nb.engine import STRATEGIES, Loop, Strategy, make_optimizer, momentum_at, rate
 from finetune_nb.environment import FinetuneError
 from finetune_nb.evaluation import evaluate
 from finetune_nb.index import from_arrays
@@ -324,7 +324,7 @@ def test_a_full_disk_loses_nothing(parts, tmp_path, monkeypatch):
 
 
 def test_strategies_are_registered_by_name(parts):
-    STRATEGIES["stem"] = lambda model, recipe, epoch: {name: float(name in ("conv1", "fc")) for name, _ in model.named_children()}
+    STRATEGIES["stem"] = Strategy(lambda model, recipe, epoch, notes: {name: float(name in ("conv1", "fc")) for name, _ in model.named_children()})
     try:
         model = net()
         before = model.layer2[0].conv1.weight.clone()
