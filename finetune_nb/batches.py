@@ -67,6 +67,7 @@ def _affine(pixels, u):
 AUGMENTATIONS = {  # name → (batch uint8 [B, S, S, 3], uniforms [B, 8]) → batch
     "none": lambda pixels, u: pixels,
     "shift": lambda pixels, u: _shift(pixels, u[:, :2], max(1, pixels.shape[1]//8)),
+    "flip": lambda pixels, u: _flip(pixels, u[:, 2]),
     "crop-flip": lambda pixels, u: _flip(_shift(pixels, u[:, :2], max(1, pixels.shape[1]//8)), u[:, 2]),
     "affine": lambda pixels, u: _affine(pixels, u),
     "resized-crop-flip": lambda pixels, u: _flip(pixels, u[:, 2]),  # the crop itself is cut while decoding

@@ -159,7 +159,7 @@ def options(**changes):
     return dict(batch_size=16, size=24, shuffle=True, seed=3, epoch=2, augment="crop-flip") | changes
 
 
-@pytest.mark.parametrize("augment", ["none", "shift", "crop-flip", "affine", "resized-crop-flip"])
+@pytest.mark.parametrize("augment", ["none", "shift", "flip", "crop-flip", "affine", "resized-crop-flip"])
 def test_batches_do_not_depend_on_threads_or_batch_size(photos, augment):
     by_row = {}
     for workers, batch_size in ((0, 16), (3, 16), (1, 5)):
