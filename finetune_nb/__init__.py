@@ -16,6 +16,7 @@ _HOMES = {
     "feature_selection": ("select_features",),
     "evaluation": ("Evaluation", "Ledger", "evaluate"),
     "training": ("Recipe", "Run", "fit", "recalibrate"),
+    "weight_tuning": ("LRFinder", "blend", "find_lr", "greedy_soup"),
     "preprocessing": ("Audit", "audit", "label_issues", "label_quality", "out_of_fold"),
     "review": ("review",),
     "report": ("write_report", "write_card"),

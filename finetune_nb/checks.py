@@ -241,6 +241,30 @@ def _(answer):
         return "one worse epoch is not two: the count begins anew at each new best"
     return "stop at the first epoch that lies `patience` epochs after the best one; None if there is none"
 
+# %% ../nbs/99_checks.ipynb #b10e7f62
+@_checker("10.1")
+def _(answer):
+    a, b = {"w": np.array([0., 2.])}, {"w": np.array([4., 4.])}
+    got = answer(a, b, .25)
+    if got is None: return "return a dictionary of blended arrays"
+    if _close(got["w"], [3., 2.5]): return "alpha is the share of the fine-tuned net"
+    return "" if _close(got["w"], [1., 2.5]) and _close(answer(a, b, 0.)["w"], a["w"]) else "name by name: (1 − alpha) of the one and alpha of the other"
+
+@_checker("10.2")
+def _(answer):
+    got = answer(3, .1, 2.)
+    if got is None: return "return a list of rates, from the input to the head"
+    if _close(got, [.1, .05, .025]): return "the head learns fastest, and it comes last"
+    return "" if _close(got, [.025, .05, .1]) and _close(answer(1, .3, 9.), [.3]) else "divide by the factor once for each layer above"
+
+@_checker("10.3")
+def _(answer):
+    g, w = [np.array([3., 0.]), np.array([4.])], [np.array([6., 0.]), np.array([[8.]])]
+    got = answer([g[0], 2*g[1]], w)
+    if _close(got, (3/6 + 8/8)/2): return "the mean of ratios gives a small array as much say as a large one: lengths of everything together"
+    if _close(got, np.sqrt(73)): return "that is the gradient's length; divide by the weights' length"
+    return "" if _close(got, np.sqrt(73)/10) else "square, add up over all arrays, take the root; gradients over weights"
+
 # %% ../nbs/99_checks.ipynb #049e7830
 @_checker("13.1")
 def _(answer):

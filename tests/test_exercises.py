@@ -41,6 +41,8 @@ TEMPTING = {
     "8.1": lambda weights, k: np.argsort(-weights.sum(1))[:k], "8.2": lambda w, charge: np.sign(w) * np.maximum(0, np.abs(w) - charge),
     "8.3": lambda x, y: sum((y == c).sum() * (x[y == c].mean() - x.mean()) ** 2 for c in np.unique(y)) / sum(((x[y == c] - x[y == c].mean()) ** 2).sum() for c in np.unique(y)),
     "9.1": lambda step, total, share, highest: highest * min(1, step / (share * total)), "9.2": decay_by_name, "9.3": lambda losses, patience: next((i for i in range(1, len(losses)) if losses[i] > losses[i - 1]), None),
+    "10.1": lambda a, b, alpha: {n: alpha * a[n] + (1 - alpha) * b[n] for n in a}, "10.2": lambda n, lr, factor: [lr / factor**i for i in range(n)],
+    "10.3": lambda g, w: np.mean([np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(g, w)]),
     "13.1": lambda y, p: np.mean(np.array(y) == np.array(p)), "13.2": lambda a, b: sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b),
     "13.3": lambda c, r: abs(np.mean(c - r)), "14.1": lambda x: x / 255, "14.2": lambda logits, y: (logits.argmax(0) == 0).mean(), "14.3": lambda test, valid: max(test)}
 

@@ -51,7 +51,7 @@ def test_package_is_what_the_notebooks_say(copy):
 
 FLOORS = (
     ("checks", "__init__"), ("environment",), ("glyphs", "sources", "parts", "neighbours", "flags", "edits"), ("batches", "packing", "review"), ("index",), ("data", "pixels"), ("models",),
-    ("features", "evaluation", "optimizers"), ("engine", "selection"), ("strategies",), ("training",), ("preprocessing", "feature_selection"), ("report",), ("application", "shipped"), ("cli",))
+    ("features", "evaluation", "optimizers"), ("engine", "selection"), ("strategies",), ("training",), ("preprocessing", "feature_selection", "weight_tuning"), ("report",), ("application", "shipped"), ("cli",))
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 
