@@ -17,13 +17,13 @@ from .evaluation import evaluate
 from .index import Images
 from .training import Recipe
 
-# %% ../nbs/10_weight_tuning.ipynb #9b2dbca8
+# %% ../nbs/10_weight_tuning.ipynb #b7cfa2b7
 class LRFinder:
     "Rates and losses of a range test, and what they suggest."
     def __init__(self, rates, losses):
         self.rates, self.losses = np.asarray(rates), np.asarray(losses)
-        weight = .85**np.arange(len(losses))
-        self.smooth = np.array([(weight[:i + 1][::-1]*self.losses[:i + 1]).sum()/weight[:i + 1].sum() for i in range(len(losses))])
+        weight = .8**np.abs(np.subtract.outer(np.arange(len(losses)), np.arange(len(losses))))  # both sides: no lag
+        self.smooth = weight @ self.losses/weight.sum(1)
         self.lowest = float(self.rates[self.smooth.argmin()])
         self.suggestion = self.lowest/10
         self.reason = f"the smoothed loss is lowest at {self.lowest:.2g}, where the next steps already overshoot: take a tenth, {self.suggestion:.2g}"
