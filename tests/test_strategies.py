@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import SMALL, digest, net, parts, quiet  # noqa: F401
+from test_training import SMALL, break_and_resume, digest, net, parts, quiet  # noqa: F401
 
 from finetune_nb.engine import STRATEGIES, Loop, apply_strategy
 from finetune_nb.environment import FinetuneError
@@ -29,26 +29,8 @@ def moved(before, after):
 @pytest.mark.parametrize("steps", [1, 8, 9])
 def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeypatch):
     recipe = SMALL.replace(**changes)
-    whole = net()
-    first = quiet(whole, *parts[:2], recipe)
-    original, count = Loop.step, [0]
-
-    def step(self, *args):
-        count[0] += 1
-        if count[0] == steps + 1:
-            raise SystemError("power cut")
-        return original(self, *args)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(SystemError):
-        quiet(net(), *parts[:2], recipe, folder=tmp_path, save_every=3)
-    monkeypatch.setattr(Loop, "step", original)
-    resumed = net(seed=99) if (tmp_path / "state.safetensors").exists() else net()
-    second = quiet(resumed, *parts[:2], recipe, folder=tmp_path, save_every=3, workers=2)
-    assert digest(resumed) == digest(whole)
-    drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
-    assert drop(second.history) == drop(first.history)
-    assert digest(load_model(tmp_path)) == digest(whole) and Run.load(tmp_path).recipe == recipe
+    whole, resumed = break_and_resume(parts, tmp_path, recipe, steps, monkeypatch)
+    assert digest(resumed) == digest(whole) == digest(load_model(tmp_path)) and Run.load(tmp_path).recipe == recipe
 
 
 @pytest.mark.parametrize("name, learns", [("norm-only", None), ("lora", None), ("surgical", {"layer2", "fc"}), ("head", {"fc"})])

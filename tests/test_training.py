@@ -127,10 +127,8 @@ def test_run_is_kept_and_found_again(parts, tmp_path):
         Run.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"optimizer": "adamw"}, {"freeze_epochs": 1}, {"patience": 1, "epochs": 3}], ids=str)
-@pytest.mark.parametrize("steps", [1, 8, 9])
-def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeypatch):
-    recipe = SMALL.replace(**changes)
+def break_and_resume(parts, folder, recipe, steps, monkeypatch):
+    """An error in the place of a power cut after so many steps, then a second run from the folder: (whole model, resumed model) with the same history."""
     whole = net()
     first = quiet(whole, *parts[:2], recipe)
     original, count = Loop.step, [0]
@@ -143,15 +141,22 @@ def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeyp
 
     monkeypatch.setattr(Loop, "step", step)
     with pytest.raises(SystemError):
-        quiet(net(), *parts[:2], recipe, folder=tmp_path, save_every=3)
+        quiet(net(), *parts[:2], recipe, folder=folder, save_every=3)
     monkeypatch.setattr(Loop, "step", original)
     resumed = net(seed=99)  # even the head's first weights come from the state, if there is one
-    if not (tmp_path / "state.safetensors").exists():
+    if not (folder / "state.safetensors").exists():
         resumed = net()
-    second = quiet(resumed, *parts[:2], recipe, folder=tmp_path, save_every=3, workers=2)
-    assert digest(resumed) == digest(whole)
+    second = quiet(resumed, *parts[:2], recipe, folder=folder, save_every=3, workers=2)
     drop = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
     assert drop(second.history) == drop(first.history)
+    return whole, resumed
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"optimizer": "adamw"}, {"freeze_epochs": 1}, {"patience": 1, "epochs": 3}], ids=str)
+@pytest.mark.parametrize("steps", [1, 8, 9])
+def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeypatch):
+    whole, resumed = break_and_resume(parts, tmp_path, SMALL.replace(**changes), steps, monkeypatch)
+    assert digest(resumed) == digest(whole)
 
 
 def launch(folder, recipe, *sleep):
