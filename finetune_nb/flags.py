@@ -30,8 +30,9 @@ def pixel_checks(
     limits:dict=LIMITS,
 ) -> tuple: # ({check: score [N], high is suspect}, {check: flag [N]})
     "What the measures of pixels alone can tell."
-    good, low = m["reason"] == "", np.char.lower(m["reason"])
-    cut = np.array(["truncated" in r or "premature" in r or "unexpected end" in r for r in low])
+    good = m["reason"] == ""
+    cut = np.zeros(len(good), bool)
+    for i in np.flatnonzero(~good): cut[i] = any(word in m["reason"][i].lower() for word in ("truncated", "premature", "unexpected end"))
     area, aspect = (np.log(np.maximum(f(m["width"].astype(float), m["height"]), 1e-9)) for f in (np.multiply, lambda w, h: w/np.maximum(h, 1)))
     def far(x, least): # beyond Tukey's outer fences, and by at least this factor
         if not good.any(): return np.zeros(len(x))

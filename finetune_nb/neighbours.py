@@ -35,7 +35,7 @@ def nearest(
     features, # float [N, D]
     k:int=10, # neighbours of each row
     exact=None, # True looks at all pairs; None: up to 20,000 rows
-    block:int=1024, probes:int=4, seed:int=0,
+    block:int=1024, probes:int=16, seed:int=0,
 ) -> tuple: # (similarity float32 [N, k], row int64 [N, k]), the most similar first; −2 where there are fewer
     "Each row's nearest other rows by cosine of the standardised features."
     x = _directions(features)
@@ -45,28 +45,18 @@ def nearest(
         everyone = torch.arange(n)
         found = [_block(x, everyone[a:a + block], everyone, k) for a in range(0, n, block)]
         return tuple(torch.cat(part).numpy() for part in zip(*found))
-    from sklearn.cluster import MiniBatchKMeans
-    cells = max(probes, round(n**.5))
-    sample = np.random.default_rng(seed).choice(n, min(n, 32*cells), replace=False)
-    means = MiniBatchKMeans(cells, batch_size=4096, n_init=1, max_iter=10, random_state=seed).fit(x[np.sort(sample)].numpy()).cluster_centers_
-    centres = torch.nn.functional.normalize(torch.from_numpy(means).float(), dim=1)
-    best = torch.cat([(part @ centres.T).topk(probes, dim=1).indices for part in x.split(8192)])
-    order = torch.argsort(best[:, 0], stable=True)
-    edges = torch.searchsorted(best[order, 0].contiguous(), torch.arange(cells + 1))
-    near, who = torch.full((n, k), -2.), torch.zeros((n, k), dtype=torch.int64)
-    for cell in range(cells):  # members of a cell are compared with members of every cell that one of them is near to
-        mine = order[edges[cell]:edges[cell + 1]]
-        if not len(mine): continue
-        others = torch.unique(best[mine])
-        asked = {int(o): mine[(best[mine] == o).any(1)] for o in others}
-        for other, rows in asked.items():
-            candidates = order[edges[other]:edges[other + 1]]
-            if not len(candidates): continue
-            values, found = _block(x, rows, candidates, k)
-            values, found = torch.cat([near[rows], values], 1), torch.cat([who[rows], found], 1)
-            top = values.topk(k, dim=1)
-            near[rows], who[rows] = top.values, found.gather(1, top.indices)
-    return near.numpy(), who.numpy()
+    import faiss  # takes a while to load, and only large sets need it
+    x, cells = x.numpy(), min(n, max(probes, 4*round(n**.5)))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(x.shape[1]), x.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed, index.cp.min_points_per_centroid, index.nprobe = seed + 1, 1, probes
+    index.train(x[np.sort(np.random.default_rng(seed).choice(n, min(n, 64*cells), replace=False))])
+    index.add(x)
+    near, who = index.search(x, k + 1)
+    own = who == np.arange(n)[:, None]
+    own[~own.any(1), -1] = True  # a row with many twins may not have found itself: the last one goes
+    near, who = near[~own].reshape(n, k), who[~own].reshape(n, k)
+    return np.where(who < 0, np.float32(-2), near), np.maximum(who, 0)
+
 
 # %% ../nbs/32_neighbours.ipynb #af2d0ef7
 def near_duplicates(

@@ -66,7 +66,12 @@ class Parts:
                 raise FinetuneError(f"{len(missing)} of {len(self)} parts of {self.folder} are missing, and none came for {patience:.0f} s: "
                                     "another process has stopped. Run the same command again; what is done is kept")
             time.sleep(.2)
-    def merged(self): # → dict of columns over all rows
+    def merged(self): # → dict of columns over all rows; texts as objects, so that the many empty ones take no room
         self.wait()
-        parts = [self.load(part) for part in range(len(self))]
-        return {name: np.concatenate([one[name] for one in parts]) for name in (parts[0] if parts else ())}
+        out = {}
+        for part in range(len(self)):  # one part at a time: two copies of everything are never in memory
+            first, last = self.span(part)
+            for name, values in self.load(part).items():
+                if part == 0: out[name] = np.empty((self.n, *values.shape[1:]), object if values.dtype.kind == "U" else values.dtype)
+                out[name][first:last] = values
+        return out

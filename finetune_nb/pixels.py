@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'DENOISERS', 'measure_pixels', 'pixel_pass', 'channel_statistics', 'denoise']
 
 # %% ../nbs/31_pixels.ipynb #1e5662d9
-import concurrent.futures, hashlib, math
+import concurrent.futures, hashlib, math, os
 from collections import deque
 
 import numpy as np
@@ -22,84 +22,110 @@ from .sources import BadImage, decode_rgb
 
 # %% ../nbs/31_pixels.ipynb #b9df1b04
 MEASURES = ("dark", "bright", "contrast", "entropy", "sharpness", "noise", "colour")
+_LARGE = 4096  # pixels from which an image is worth calls of its own; smaller ones of one size go through numpy together
+_RAW = {"sums": (np.int64, 3), "squares": (np.int64, 3), "counts": (np.int64, 256), "colour": (np.float64,), "sharpness": (np.float32,), "noise": (np.float32,), "thumb": (np.uint8, 192)}
 
-def _quantiles(histogram, *shares):
-    "The smallest value at which each share of the counts is reached: int [B] for each share, from [B, V]."
-    reached = histogram.cumsum(1)
-    return [(reached >= share*reached[:, -1:]).argmax(1) for share in shares]
+def _grey(pixels): # Pillow's, of B images as one tall one: uint8 [B, H, W]
+    return np.asarray(Image.fromarray(pixels.reshape(-1, *pixels.shape[2:])).convert("L")).reshape(pixels.shape[:3])
 
 
-def _histogram(values, top):
-    "Counts [B, top] of whole numbers 0 … top−1 in each of B images."
-    b = len(values)
-    if values[0].size > 4096: return np.stack([np.bincount(one.ravel(), minlength=top) for one in values])
-    moved = values.reshape(b, -1).astype(np.int32) + (np.arange(b, dtype=np.int32)*top)[:, None]
-    return np.bincount(moved.ravel(), minlength=b*top).reshape(b, top)
+def _small(pixels):
+    "Grey, and the columns of `_RAW` that need no differences, of B small images at once."
+    (b, h, w, _), grey = pixels.shape, _grey(pixels)
+    planes = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
+    wide = planes.astype(np.uint16)  # 255² still fits
+    moved = grey.reshape(b, -1).astype(np.int32) + (np.arange(b, dtype=np.int32)*256)[:, None]
+    thumb = ((pixels.reshape(b, 8, h//8, 8, w//8, 3).sum((2, 4), dtype=np.uint32)*64//(h*w)).astype(np.uint8) if h % 8 == w % 8 == 0
+             else np.stack([_thumb(Image.fromarray(one)) for one in pixels]))
+    return grey, {"sums": wide.sum((2, 3), dtype=np.int64).T, "squares": (wide*wide).sum((2, 3), dtype=np.int64).T, "thumb": thumb.reshape(b, 192),
+                  "counts": np.bincount(moved.ravel(), minlength=b*256).reshape(b, 256), "colour": _distance(planes)}
+
+
+def _large(pixels):
+    "The same of large ones, each by itself: Pillow counts without making every byte a word first; every fourth row tells the colour."
+    images, level = [Image.fromarray(one) for one in pixels], np.arange(256)
+    greys, channels = [image.convert("L") for image in images], np.array([image.histogram() for image in images]).reshape(-1, 3, 256)
+    return np.stack([np.asarray(grey) for grey in greys]), {
+        "sums": channels @ level, "squares": channels @ level**2, "thumb": np.stack([_thumb(image) for image in images]).reshape(-1, 192),
+        "counts": np.array([grey.histogram() for grey in greys]), "colour": _distance(np.ascontiguousarray(pixels[:, ::4].transpose(3, 0, 1, 2)))}
+
+
+def _distance(planes): return (planes.max(0) - planes.min(0)).mean((1, 2))  # of the channels, from uint8 [3, B, H, W]
+def _thumb(image): return np.asarray(image.resize((8, 8), Image.Resampling.BOX, reducing_gap=2.))  # by a whole factor first, which is fast
+
+
+def _differences(grey):
+    "Variance of the Laplacian [B], and the median of |second differences in both directions| [B], of uint8 [B, H, W]."
+    b, g = len(grey), grey.astype(np.int16)
+    twice = g + g
+    down = g[:, :-2] + g[:, 2:]; down -= twice[:, 1:-1]
+    laplace = g[:, 1:-1, :-2] + g[:, 1:-1, 2:]; laplace -= twice[:, 1:-1, 1:-1]; laplace += down[:, :, 1:-1]
+    both = down[:, :, :-2] + down[:, :, 2:]; both -= down[:, :, 1:-1]; both -= down[:, :, 1:-1]
+    laplace, both = laplace.reshape(b, -1).astype(np.float32), np.abs(both, out=both).reshape(b, -1)
+    middle = (both.shape[1] + 1)//2 - 1
+    both.partition(middle, axis=1)
+    return np.array([row @ row for row in laplace])/laplace.shape[1] - laplace.mean(1)**2, both[:, middle]
+
+
+def _raw(pixels):
+    "The columns of `_RAW`: what has to look at every pixel of uint8 [B, H, W, 3]."
+    grey, out = (_large if pixels[0].size > 3*_LARGE else _small)(pixels)
+    sharpness, noise = _differences(grey) if min(grey.shape[1:]) > 2 else np.zeros((2, len(pixels)))
+    return out | {"sharpness": sharpness, "noise": noise/(6*.6745)}
+
+
+def _measures(raw):
+    "The names of `MEASURES` from the columns of `_RAW`, for all rows at once."
+    counts, level = raw["counts"], np.arange(256)
+    reached, n = counts.cumsum(1), np.maximum(counts.sum(1, keepdims=True), 1)
+    share = counts/n
+    mean = share @ level
+    low, high = ((reached >= part*n).argmax(1) for part in (.05, .99))
+    out = {"dark": high, "bright": low, "contrast": np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), "entropy": -(share*np.log2(np.where(share > 0, share, 1))).sum(1)}
+    return {name: np.asarray((out | raw)[name], np.float32) for name in MEASURES}
 
 
 def measure_pixels(
     pixels:np.ndarray, # uint8 [B, H, W, 3]
-) -> dict: # name → float32 [B] for the names of `MEASURES`; and int64 [B, 3] `sums`, `squares` of the channels
+) -> dict: # name → float32 [B] for the names of `MEASURES`; int64 [B, 3] `sums`, `squares` of the channels; uint8 [B, 192] `thumb`
     """99th percentile of grey (low: a dark image) and 5th (high: a bright one), its standard deviation, its entropy in
     bits, the variance of the Laplacian, the noise's standard deviation from the median of |second differences| (after
     Immerkær 1996, robust to edges), and the mean distance of the channels."""
-    wide = [np.ascontiguousarray(pixels[..., i]).astype(np.uint16) for i in range(3)]
-    sums = np.stack([c.sum((1, 2), dtype=np.int64) for c in wide], 1)
-    squares = np.stack([(c*c).sum((1, 2), dtype=np.int64) for c in wide], 1)
-    grey = (wide[0]*77 + wide[1]*150 + wide[2]*29) >> 8
-    colour = (np.maximum(np.maximum(*wide[:2]), wide[2]) - np.minimum(np.minimum(*wide[:2]), wide[2])).sum((1, 2), dtype=np.int64)/grey[0].size
-    counts = _histogram(grey, 256)
-    share, level = counts/counts.sum(1, keepdims=True), np.arange(256)
-    low, high = _quantiles(counts, .05, .99)
-    mean = share @ level
-    entropy = -(share*np.log2(np.where(share > 0, share, 1))).sum(1)
-    out = {"dark": high, "bright": low, "contrast": np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), "entropy": entropy, "colour": colour}
-    if min(grey.shape[1:]) > 2:
-        g = grey.astype(np.int16)
-        down = g[:, :-2] - 2*g[:, 1:-1] + g[:, 2:]
-        across = g[:, 1:-1, :-2] - 2*g[:, 1:-1, 1:-1] + g[:, 1:-1, 2:]
-        laplace = (across + down[:, :, 1:-1]).astype(np.float32)
-        both = np.abs(down[:, :, :-2] - 2*down[:, :, 1:-1] + down[:, :, 2:])
-        out |= {"sharpness": laplace.var((1, 2)), "noise": _quantiles(_histogram(both, 2048), .5)[0]/(6*.6745)}
-    else: out |= {"sharpness": np.zeros(len(pixels)), "noise": np.zeros(len(pixels))}
-    return {name: np.asarray(out[name], np.float32) for name in MEASURES} | {"sums": sums, "squares": squares}
+    raw = _raw(pixels)
+    return _measures(raw) | {name: raw[name] for name in ("sums", "squares", "thumb")}
+
 
 # %% ../nbs/31_pixels.ipynb #95302202
-_ROW = {"reason": "U96", "width": np.int32, "height": np.int32, **dict.fromkeys(MEASURES, np.float32), "sums": (np.int64, 3), "squares": (np.int64, 3),
-        "digest": np.uint64, "thumb": (np.uint8, 192)}
+_ROW = {"reason": (object,), "width": (np.int32,), "height": (np.int32,), "digest": (np.uint64,)}
 
-def _thumbs(pixels):
-    "Means of an 8 × 8 grid: uint8 [B, 192]."
-    b, h, w, _ = pixels.shape
-    if h % 8 == w % 8 == 0 and h*w < 2**14: return (pixels.reshape(b, 8, h//8, 8, w//8, 3).sum((2, 4), dtype=np.uint32)*64//(h*w)).astype(np.uint8).reshape(b, 192)
-    return np.stack([np.asarray(Image.fromarray(one).resize((8, 8), Image.Resampling.BOX)) for one in pixels]).reshape(b, 192)
+def _empty(kinds, n): return {name: np.zeros((n, *shape), kind) for name, (kind, *shape) in kinds.items()}
 
 
 def _measure_rows(images, first, last):
     "The columns of `_ROW` for some places of a selection."
     rows = images.rows_at(np.arange(first, last))
-    out = {name: np.zeros((len(rows), *((kind[1],) if isinstance(kind, tuple) else ())), kind[0] if isinstance(kind, tuple) else kind) for name, kind in _ROW.items()}
+    out, raw = _empty(_ROW, len(rows)), _empty(_RAW, len(rows))
+    out["reason"][:] = ""
     waiting = {}  # shape → (places, pixels): measured together
     def measure(shape):
         at, pixels = waiting.pop(shape)
-        pixels = np.stack(pixels)
-        for name, value in (measure_pixels(pixels) | {"thumb": _thumbs(pixels)}).items(): out[name][at] = value
+        for name, value in _raw(np.stack(pixels) if len(at) > 1 else pixels[0][None]).items(): raw[name][at] = value
     for i, row in enumerate(rows):
         try: pixels = decode_rgb(images.read(row))
-        except BadImage as error: out["reason"][i] = str(error)[:96]; continue
+        except BadImage as error: out["reason"][i] = str(error)[:160]; continue
         out["height"][i], out["width"][i] = pixels.shape[:2]
         out["digest"][i] = int.from_bytes(hashlib.sha1(np.ascontiguousarray(pixels), usedforsecurity=False).digest()[:8], "little")
         at, some = waiting.setdefault(pixels.shape, ([], []))
         at.append(i); some.append(pixels)
-        if len(at)*pixels.size > 2**18: measure(pixels.shape)
+        if len(at)*pixels.size > 2**18 or pixels.size > 3*_LARGE: measure(pixels.shape)
     for shape in list(waiting): measure(shape)
-    return out
+    return out | _measures(raw) | {name: raw[name] for name in ("sums", "squares", "thumb")}
 
 
 def pixel_pass(
     images:Images,
     folder=None, # where parts are kept; None: in memory
-    workers:int=2, # threads
+    workers:int=None, # threads; None: one a core
     progress:bool=False,
     part:int=4096, # rows in a part
 ) -> dict: # column → array [N]: reason ("" where sound), width, height, `MEASURES`, sums, squares, digest, thumb
@@ -107,8 +133,8 @@ def pixel_pass(
     if len(images) == 0: raise FinetuneError("there are no images to measure: the selection is empty")
     parts = Parts(folder, len(images), {"what": "pixel pass", "data": images.fingerprint()}, part) if folder else None
     spans = [(p, *parts.span(p)) for p in parts.todo()] if folder else [(0, 0, len(images))]
-    found = {}
-    with concurrent.futures.ThreadPoolExecutor(max(1, workers), thread_name_prefix="measure") as pool, \
+    found, workers = {}, workers or os.cpu_count() or 1
+    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="measure") as pool, \
          tqdm(total=sum(last - first for _, first, last in spans), unit="img", disable=not progress) as bar:
         for number, first, last in spans:
             edges, ahead, done = deque(range(first, last, 64)), deque(), []
@@ -118,8 +144,8 @@ def pixel_pass(
                     ahead.append(pool.submit(_measure_rows, images, a, min(a + 64, last)))
                 done.append(ahead.popleft().result())
                 bar.update(len(done[-1]["width"]))
-            found = {name: np.concatenate([one[name] for one in done]) for name in _ROW}
-            if folder: parts.save(number, **found)
+            found = {name: np.concatenate([one[name] for one in done]) for name in done[0]}
+            if folder: parts.save(number, **found | {"reason": found["reason"].astype(str)})
     return parts.merged() if folder else found
 
 

@@ -202,7 +202,7 @@ def audit(
     folder=None, # where the pass and decisions are kept; None: in memory
     limits:dict=None, # fields of `LIMITS` to change
     filter:str="confident_learning", score:str="self_confidence", # see `label_issues`, `label_quality`
-    folds:int=5, workers:int=2, progress:bool=False, seed:int=0,
+    folds:int=5, workers:int=None, progress:bool=False, seed:int=0,
 ) -> Audit:
     "Look at every image once and name what is doubtful. Nothing is changed. Raises `FinetuneError` where rows do not match."
     if unknown := set(checks) - set(CHECKS): raise FinetuneError(f"there is no check {', '.join(sorted(unknown))}: choose from {', '.join(CHECKS)}")
