@@ -11,6 +11,7 @@ _HOMES = {
     "environment": ("FinetuneError", "doctor", "versions"),
     "data": ("Images", "from_arrays", "load_images", "three_way"),
     "models": ("load_resnet", "load_model", "save_model", "count_cost"),
+    "edits": ("replace_activation",),
     "features": ("Features", "extract_features", "linear_probe"),
     "selection": ("Selection", "selected_model"),
     "feature_selection": ("select_features",),

@@ -30,20 +30,20 @@ class _Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.stride, self.extra = stride, outputs - inputs
+        self.relu, self.stride, self.extra = nn.ReLU(), stride, outputs - inputs
 
     def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1 or self.extra:
             x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.extra//2, self.extra - self.extra//2))
-        return F.relu(x + y)
+        return self.relu(x + y)
 
 
 class CifarResNet(nn.Module):
     "The ResNets for 32-pixel images of He et al. 2016: depth 6n+2. Input float [B, 3, H, W], output logits [B, classes]."
     def __init__(self, depth, num_classes):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         for i, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64))):
             blocks = [_Block(inputs if j == 0 else outputs, outputs, 1 + (i > 0 and j == 0))
                       for j in range((depth - 2)//6)]
@@ -53,7 +53,7 @@ class CifarResNet(nn.Module):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
         return self.fc(x.mean((2, 3)))
 
 # %% ../nbs/06_transfer_learning.ipynb #17efdd00

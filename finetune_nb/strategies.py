@@ -21,6 +21,12 @@ def layer_groups(model) -> dict:
     return groups
 
 
+def _lacks(model, kind, what): return "" if any(isinstance(m, kind) for m in model.modules()) else f"it has no {what}"
+
+
+def _flat(model): return "" if len(layer_groups(model)) > 1 else "it has no layers below the head"
+
+
 def _spread(model, by_group): return {name: by_group[group] for group, names in layer_groups(model).items() for name in names}
 
 # %% ../nbs/37_strategies.ipynb #c04370f1
@@ -31,22 +37,22 @@ def _probe_epochs(recipe):
 
 def _lp_ft(model, recipe, epoch, notes):
     probing = epoch < _probe_epochs(recipe)
-    return {name: float(name == "fc") if probing else recipe.body_lr for name in layer_names(model)}
+    return {name: recipe.head_lr if name == "fc" else 0. if probing else recipe.body_lr for name in layer_names(model)}
 
 
 def _gradual(model, recipe, epoch, notes):
     groups = list(layer_groups(model))
     free = 1 + (epoch if recipe.epochs >= len(groups) else -(-epoch*(len(groups) - 1)//max(1, recipe.epochs - 1)))
-    return _spread(model, {group: (1. if group == "fc" else recipe.body_lr) if i < free else 0. for i, group in enumerate(reversed(groups))})
+    return _spread(model, {group: (recipe.head_lr if group == "fc" else recipe.body_lr) if i < free else 0. for i, group in enumerate(reversed(groups))})
 
 
 def _discriminative(model, recipe, epoch, notes):
-    return _spread(model, {group: recipe.layer_decay**-i for i, group in enumerate(reversed(layer_groups(model)))})
+    return _spread(model, {group: recipe.layer_decay**-i*(recipe.head_lr if group == "fc" else recipe.body_lr) for i, group in enumerate(reversed(layer_groups(model)))})
 
 
 STRATEGIES["lp-ft"] = Strategy(_lp_ft, phases=lambda recipe: [_probe_epochs(recipe), recipe.epochs - _probe_epochs(recipe)])
-STRATEGIES["gradual"] = Strategy(_gradual)
-STRATEGIES["discriminative"] = Strategy(_discriminative)
+STRATEGIES["gradual"] = Strategy(_gradual, unfit=_flat)
+STRATEGIES["discriminative"] = Strategy(_discriminative, unfit=_flat)
 
 # %% ../nbs/37_strategies.ipynb #6a30c14a
 def relative_gradients(
@@ -89,10 +95,10 @@ def _choose(loop):
 
 
 def _surgical(model, recipe, epoch, notes):
-    return _spread(model, {group: 1. if group == "fc" else recipe.body_lr if group in notes["layers"] else 0. for group in layer_groups(model)})
+    return _spread(model, {group: recipe.head_lr if group == "fc" else recipe.body_lr if group in notes["layers"] else 0. for group in layer_groups(model)})
 
 
-def _everything(model, recipe, epoch, notes): return {name: 1. if name == "fc" else recipe.body_lr for name in layer_names(model)}
+def _everything(model, recipe, epoch, notes): return {name: recipe.head_lr if name == "fc" else recipe.body_lr for name in layer_names(model)}
 
 
 def _adapt(loop):
@@ -103,9 +109,9 @@ def _adapt(loop):
         if home[group["layer"]] in mean: group["lr"] *= mean[home[group["layer"]]]/highest
 
 
-STRATEGIES["surgical"] = Strategy(_surgical, prepare=_choose)
-STRATEGIES["auto-rgn"] = Strategy(_everything, gradients=_adapt)
-STRATEGIES["norm-only"] = Strategy(_everything, trains=lambda name, parameter: parameter.ndim == 1 or name.startswith("fc."))
+STRATEGIES["surgical"] = Strategy(_surgical, prepare=_choose, unfit=_flat)
+STRATEGIES["auto-rgn"] = Strategy(_everything, gradients=_adapt, unfit=_flat)
+STRATEGIES["norm-only"] = Strategy(_everything, trains=lambda name, parameter: parameter.ndim == 1 or name.startswith("fc."), unfit=lambda model: _lacks(model, nn.modules.batchnorm._BatchNorm, "norms"))
 
 # %% ../nbs/37_strategies.ipynb #e31e6749
 class LowRankConv2d(nn.Conv2d):
@@ -152,5 +158,6 @@ def _pull_back(loop):
         if p.grad is not None and (start := loop.tensors.get(f"start.{name}")) is not None: p.grad.add_(p.detach() - start, alpha=loop.recipe.pull)
 
 
-STRATEGIES["lora"] = Strategy(_everything, lambda name, parameter: name.startswith("fc.") or name.endswith((".up", ".down")), _add_low_rank, restore=_merge)
+STRATEGIES["lora"] = Strategy(_everything, lambda name, parameter: name.startswith("fc.") or name.endswith((".up", ".down")), _add_low_rank, restore=_merge,
+                              unfit=lambda model: _lacks(model, nn.Conv2d, "convolutions"))
 STRATEGIES["l2-sp"] = Strategy(_everything, prepare=_remember, gradients=_pull_back, decays=lambda layer: layer == "fc")

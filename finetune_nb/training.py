@@ -24,11 +24,13 @@ def _sound(recipe):
     "Refuse values that cannot work, before anything is computed."
     def demand(good, field, what):
         if not good: raise FinetuneError(f"Recipe({field}={getattr(recipe, field)!r}): {what}")
-    for field in ("lr", "body_lr", "momentum", "weight_decay", "clip_norm", "ema", "swa", "sam", "warmup", "label_smoothing", "pull", "layer_decay"):
+    for field in ("lr", "head_lr", "body_lr", "ramp", "momentum", "weight_decay", "clip_norm", "ema", "swa", "sam", "warmup", "label_smoothing", "pull", "layer_decay"):
         demand(0 <= getattr(recipe, field) < math.inf, field, "must be a finite number, 0 or more")
     for field in ("epochs", "batch_size", "rank", "layer_decay"): demand(getattr(recipe, field) >= 1, field, "must be 1 or more")
     for field in ("ema", "warmup", "label_smoothing", "momentum"):
         demand(getattr(recipe, field) < 1, field, "must be below 1")
+    demand(recipe.ramp <= 1, "ramp", "is a share of the steps")
+    demand(recipe.head_lr or recipe.strategy not in ("head", "lp-ft", "gradual"), "head_lr", f"the strategy {recipe.strategy} begins with the head: it must learn")
     demand(recipe.swa <= 1 and not (recipe.swa and recipe.ema), "swa", "is a share of the steps, and takes the place of ema: set ema=0")
     demand(not (recipe.optimizer == "schedule-free" and (recipe.ema or recipe.swa)), "optimizer", "averages by itself: set ema=0 and swa=0")
     demand(not (recipe.optimizer == "schedule-free" and recipe.schedule != "constant"), "optimizer", 'needs schedule="constant"; warmup may stay')
@@ -44,7 +46,8 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 64
     optimizer: str = "sgd"          # "sgd" (Nesterov) | "adamw" | "schedule-free"
-    lr: float = 0.02                # the highest rate, for the head
+    lr: float = 0.02                # the highest rate
+    head_lr: float = 1.0            # the head's own rate, as a multiple of lr; 0: it rests
     body_lr: float = 1.0            # the rate of everything below the head, as a multiple of lr
     momentum: float = 0.9
     weight_decay: float = 5e-4      # never on norms and biases
@@ -60,6 +63,7 @@ class Recipe:
     layer_decay: float = 2.6        # of "discriminative": each layer learns so many times slower than the one above it
     rank: int = 8                   # of "lora"
     pull: float = 0.01              # of "l2-sp": how strongly the body is held to where it began
+    ramp: float = 0.0               # share of the steps in which a replaced activation takes over; 0: at once
     patience: int = 0               # epochs without a better validation loss before stopping; 0 never stops
     augment: str = "none"           # a name in `batches.AUGMENTATIONS`
     size: int = 0                   # side in pixels; 0 takes the model's
@@ -172,7 +176,7 @@ def fit(
         with tqdm(total=loop.total, initial=loop.at["step"], disable=not progress, desc=recipe.strategy, unit="step", leave=False) as bar:
             while loop.at["epoch"] < recipe.epochs and not loop.at["stopped"]: loop.run_epoch(bar, save_every)
     except BaseException as error:
-        loop.give_up(keep=isinstance(error, KeyboardInterrupt))
+        loop.give_up(error)
         raise
     finally: torch.set_rng_state(before)
     loop.finish()

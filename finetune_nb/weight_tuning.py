@@ -51,7 +51,7 @@ def find_lr(
     kept, was, asked = copy.deepcopy(model.state_dict()), model.training, [p.requires_grad for p in model.parameters()]
     info, generator = copy.deepcopy(model.info), torch.get_rng_state()
     rates, losses = np.geomspace(low, high, steps), []
-    loop = Loop(model.to(device), images, None, recipe.replace(schedule="constant", warmup=0.), None, device, 2, False)
+    loop = Loop(model.to(device), images, None, recipe.replace(schedule="constant", warmup=0., ramp=0.), None, device, 2, False)
     scales = apply_strategy(model, recipe, recipe.epochs - 1, loop.at["notes"])
     try:
         endless = itertools.chain.from_iterable(loop._loader(epoch, 0) for epoch in itertools.count())

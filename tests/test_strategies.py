@@ -10,7 +10,7 @@ from test_training import SMALL, break_and_resume, digest, net, parts, quiet  # 
 
 from finetune_nb.engine import STRATEGIES, Loop, apply_strategy
 from finetune_nb.environment import FinetuneError
-from finetune_nb.models import load_model, to_input
+from finetune_nb.models import load_model, load_resnet, to_input
 from finetune_nb.optimizers import ScheduleFree
 from finetune_nb.strategies import LowRankConv2d, layer_groups, relative_gradients
 from finetune_nb.training import Recipe, Run
@@ -209,7 +209,7 @@ def test_low_rank_starts_at_nothing_and_merges_exactly():
 
 @pytest.mark.parametrize("changes, message", [
     ({"strategy": "lora2"}, "choose from full, head, lp-ft"), ({"rank": 0}, "must be 1 or more"), ({"pull": float("nan")}, "finite number"), ({"swa": .5, "ema": .9}, "set ema=0"),
-    ({"optimizer": "schedule-free"}, 'schedule="constant"'), ({"sam": -1}, "finite number"), ({"layer_decay": .5}, "1 or more")])
+    ({"optimizer": "schedule-free"}, 'schedule="constant"'), ({"sam": -1}, "finite number"), ({"layer_decay": .5}, "1 or more"), ({"ramp": 1.5}, "share of the steps"), ({"lr": float("nan")}, "finite number")])
 def test_recipes_that_cannot_work(changes, message):
     with pytest.raises(FinetuneError, match=message):
         SMALL.replace(**changes)
@@ -218,6 +218,68 @@ def test_recipes_that_cannot_work(changes, message):
 def test_layers_that_do_not_exist(parts):
     with pytest.raises(FinetuneError, match="no layer 'layer9'.*stem, layer1"):
         quiet(net(), parts[0], recipe=SMALL.replace(strategy="surgical", layers=("layer9",)))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_every_strategy_fits_every_kind_of_resnet(parts, arch):
+    """One step each on torchvision's nets: plain and bottleneck blocks, grouped convolutions."""
+    few = parts[0].select(np.arange(8))
+    for name in STRATEGIES:
+        torch.manual_seed(0)
+        model = load_resnet(arch, None, 10)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        recipe = SMALL.replace(strategy=name, epochs=2 if name == "lp-ft" else 1, batch_size=8, size=32, augment="none", warmup=0.)
+        quiet(model, few, recipe=recipe)
+        after = model.state_dict()
+        assert list(after) == list(before) and "fc" in moved(before, after), name
+        assert ("layer4" in moved(before, after)) == (name not in ("head", "gradual") and (name != "surgical" or moved(before, after) == {"layer4", "fc"})), name
+
+
+def test_the_head_can_rest(parts):
+    """As in surgical fine-tuning after Lee et al.: one block and nothing else."""
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quiet(model, parts[0], recipe=SMALL.replace(strategy="surgical", layers="layer2", head_lr=0.))
+    assert moved(before, model.state_dict()) == {"layer2"}
+    for name in ("head", "lp-ft", "gradual"):
+        with pytest.raises(FinetuneError, match="it must learn"):
+            SMALL.replace(strategy=name, head_lr=0.)
+
+
+def test_a_strategy_that_does_not_fit_names_those_that_do(parts):
+    model = net()
+    for block in [model, *model.layer1, *model.layer2, *model.layer3]:
+        for name in [n for n, m in block.named_children() if isinstance(m, torch.nn.BatchNorm2d)]:
+            setattr(block, name, torch.nn.Identity())
+    with pytest.raises(FinetuneError, match="'norm-only' does not fit this resnet20: it has no norms; those that do: full, head, lp-ft, gradual.*l2-sp") as error:
+        quiet(model, parts[0], recipe=SMALL.replace(strategy="norm-only"))
+    assert str(error.value).count("norm-only") == 1
+    quiet(model, parts[0], recipe=SMALL.replace(strategy="discriminative", epochs=1))
+
+
+@pytest.mark.parametrize("strategy", ["full", "auto-rgn", "lora"])
+def test_a_run_that_diverges_keeps_its_last_good_state(parts, tmp_path, strategy, monkeypatch):
+    """The loss is finite when the update breaks the weights: no state with NaN may be written, and the caller gets the last good net."""
+    original, kept = Loop.step, {}
+
+    def step(self, *args):
+        original(self, *args)
+        if self.at["step"] == 6:
+            kept.update(state=(tmp_path / "state.safetensors").read_bytes())
+            with torch.no_grad():
+                next(p for p in self.model.layer2.parameters() if p.requires_grad).fill_(float("nan"))
+
+    monkeypatch.setattr(Loop, "step", step)
+    model = net()
+    with pytest.raises(FinetuneError, match=r"NaN or infinity after step 5 \(epoch 0, the batch with .*last good state is in"):
+        quiet(model, *parts[:2], SMALL.replace(strategy=strategy), folder=tmp_path, save_every=3)
+    monkeypatch.setattr(Loop, "step", original)
+    assert (tmp_path / "state.safetensors").read_bytes() == kept["state"]
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values()) and list(model.state_dict()) == list(net().state_dict())
+    whole, again = net(), net(seed=5)
+    quiet(whole, *parts[:2], SMALL.replace(strategy=strategy))
+    quiet(again, *parts[:2], SMALL.replace(strategy=strategy), folder=tmp_path, save_every=3)
+    assert digest(whole) == digest(again), "it goes on from there"
 
 
 def test_a_failed_run_leaves_a_plain_net(parts):

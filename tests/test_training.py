@@ -127,7 +127,7 @@ def test_run_is_kept_and_found_again(parts, tmp_path):
         Run.load(tmp_path / "nowhere")
 
 
-def break_and_resume(parts, folder, recipe, steps, monkeypatch):
+def break_and_resume(parts, folder, recipe, steps, monkeypatch, net=net):
     """An error in the place of a power cut after so many steps, then a second run from the folder: (whole model, resumed model) with the same history."""
     whole = net()
     first = quiet(whole, *parts[:2], recipe)
@@ -189,6 +189,25 @@ def test_kill_minus_nine(tmp_path):
     assert digest(load_model(tmp_path / "whole")) == digest(load_model(tmp_path / "killed"))
     history = json.loads((tmp_path / "killed" / "run.json").read_text())["history"]
     assert [row["trained"] for row in history] == ["fc", "all", "all"]
+
+
+EVERY = {  # one run of 3 epochs of 7 steps each; the phases of lp-ft and gradual change between epochs
+    "head": {}, "full": {"freeze_epochs": 1}, "lp-ft": {}, "gradual": {}, "discriminative": {}, "surgical": {}, "auto-rgn": {}, "norm-only": {}, "lora": {"ema": .9}, "l2-sp": {},
+    "sam": {"strategy": "full", "sam": .05}, "swa": {"strategy": "full", "swa": .5}, "schedule-free": {"strategy": "full", "optimizer": "schedule-free", "schedule": "constant"},
+    "ramp": {"strategy": "full", "activation": "silu", "ramp": .5}}
+
+
+def test_every_strategy_survives_kill_minus_nine(tmp_path):
+    """Each by name, killed inside the first phase, just before and after a change of phase, and near the end: the weights are those of a run that was left alone."""
+    plans = {name: {"strategy": name, "epochs": 3, "batch_size": 16, "augment": "affine"} | changes for name, changes in EVERY.items()}
+    assert set(STRATEGIES) <= {plan["strategy"] for plan in plans.values()}
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "killed_strategies.py"), str(tmp_path), json.dumps(plans)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == set(plans)
+    for name, (whole, killed, kills) in found.items():
+        assert whole == killed, f"{name}: killed and resumed is not the same as left alone"
+        assert kills == 4, f"{name} was killed {kills} times"
 
 
 def test_another_recipe_or_data_is_refused(parts, tmp_path):
