@@ -142,14 +142,15 @@ def _one_part(model, taps, images, size, group, batch_size, device, workers, wid
     for batch in loader:
         n = batch.next_position - at
         good = ~np.isin(images.rows_at(np.arange(at, batch.next_position)), list(loader.bad))
-        # Unreadable images leave a grey square in their place, so that the groups stay as they are.
-        pixels = torch.full((-(-n//group)*group, 3, size, size), 127, dtype=torch.uint8)
-        pixels[:n][torch.from_numpy(good)] = batch.pixels
-        rows = [taps(to_input(some, model, device).contiguous(memory_format=torch.channels_last)).half().cpu() for some in pixels.split(group)]
-        rows = torch.cat(rows)[:n].numpy()
-        if not np.isfinite(rows[good]).all():
+        pixels = batch.pixels
+        if n % group or not good.all():  # grey squares in the place of unreadable images and after the last, so that the groups stay as they are
+            pixels = torch.full((-(-n//group)*group, 3, size, size), 127, dtype=torch.uint8)
+            pixels[:n][torch.from_numpy(good)] = batch.pixels
+        rows = [taps(to_input(some, model, device).contiguous(memory_format=torch.channels_last)) for some in pixels.split(group)]
+        if not all(values.abs().amax() < 65520 for values in rows):  # what rounds to more than float16's largest; NaN is not less, either
             raise FinetuneError("the net gives values that float16 cannot hold (NaN or beyond 65,504): its weights are damaged, or its input is not what it was trained on")
-        out[at:batch.next_position][good] = rows[good]
+        rows = torch.cat([values.half().cpu() for values in rows])[:n].numpy()
+        out[at:batch.next_position] = rows if good.all() else np.where(good[:, None], rows, np.float16(np.nan))
         at = batch.next_position
         bar.update(n)
     return out

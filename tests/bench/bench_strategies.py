@@ -1,18 +1,20 @@
-"""What a step of each strategy costs, as a multiple of a step of `full` in the same round: less is cheaper."""
+"""What a step of each strategy costs, as a multiple of a step of `full` in the same round (less is cheaper), and how many epochs a second the head alone makes on stored features."""
 import statistics
 
 import numpy as np
 import torch
+from bench_features import head
 from common import timed
 
 from finetune_nb.data import load_images
+from finetune_nb.features import extract_features
 from finetune_nb.models import load_resnet
 from finetune_nb.training import Recipe, fit
 
 WAYS = {  # name → what differs from `full`
     "head": dict(strategy="head"), "surgical, layer1": dict(strategy="surgical", layers=("layer1",)), "surgical, last layer": dict(strategy="surgical"),
     "norm-only": dict(strategy="norm-only"), "lora": dict(strategy="lora"), "l2-sp": dict(strategy="l2-sp"), "auto-rgn": dict(strategy="auto-rgn"),
-    "ema": dict(ema=.99), "swa": dict(swa=.5), "sam (two passes)": dict(sam=.05), "schedule-free": dict(optimizer="schedule-free", schedule="constant")}
+    "ema": dict(ema=.99), "swa, with the pass that re-estimates norms": dict(swa=.5), "sam (two passes)": dict(sam=.05), "schedule-free, with that pass": dict(optimizer="schedule-free", schedule="constant")}
 
 
 def seconds(arch, weights, images, size, **changes):
@@ -34,4 +36,9 @@ if __name__ == "__main__":
                 plain = seconds(arch, weights, images, size)
                 found[name].append(seconds(arch, weights, images, size, **changes) / plain)
         for name, ratios in found.items():
-            print(f"{arch} at {size} px: {name:22} {statistics.median(ratios):.2f} of a step of full  ({min(ratios):.2f} … {max(ratios):.2f})", flush=True)
+            print(f"{arch} at {size} px: {name:42} {statistics.median(ratios):.2f} of a step of full  ({min(ratios):.2f} … {max(ratios):.2f})", flush=True)
+        torch.manual_seed(0)
+        features = extract_features(load_resnet(arch, weights, 130), images, layers="last", size=size)
+        x, y = torch.from_numpy(features.array.astype(np.float32)), torch.from_numpy(features.labels.astype(np.int64))
+        fast, slow = head(lambda: zip(x.split(64), y.split(64)), x.shape[1], 130, 20), min(seconds(arch, weights, images, size) for _ in range(3))
+        print(f"{arch} at {size} px: the head on stored features makes {slow / fast:,.0f} times the epochs a second of full", flush=True)

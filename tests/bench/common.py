@@ -21,7 +21,7 @@ def compare(name, ours, plain, work, unit, repeats=3):
         times["ours"].append(timed(ours))
     a, b = statistics.median(times["ours"]), statistics.median(times["plain"])
     ratios = sorted(p / o for p, o in zip(times["plain"], times["ours"]))
-    print(f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio {b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f})", flush=True)
+    print(f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio {b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f}; best against best {min(times['plain']) / min(times['ours']):.2f})", flush=True)
     return b / a
 
 
