@@ -1,0 +1,181 @@
+"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | many.
+
+near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels a class, to other pictures of the same classes (JPEG, noise, blur,
+       low contrast) and to other labels for the same pictures (reversed)
+far    ImageNet's ResNet-18 learns the classes of Caltech-101 and of CIFAR-10 (JPEG) from few labels
+ood    the same net learns CIFAR-10 from many labels, by full fine-tuning and LP-FT, and is tested on what it learned and on pictures that are corrupted
+many   `near` with 200 labels a class, for noise and for reversed labels
+
+Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets the same pictures and steps, and one of the same
+rates, chosen on validation pictures with a seed of its own.
+"""
+import copy
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import NBS, ROOT
+from PIL import Image, ImageFilter
+from scipy.stats import t as student
+
+from finetune_nb.data import load_images
+from finetune_nb.environment import notebook_hash
+from finetune_nb.evaluation import Ledger, evaluate
+from finetune_nb.index import from_arrays
+from finetune_nb.models import load_resnet
+from finetune_nb.strategies import layer_groups
+from finetune_nb.training import Recipe, fit
+
+REAL = Path(os.environ["FINETUNE_NB_DATA"])
+OUT = ROOT / "data/results/10_weight_tuning"
+SOURCE = notebook_hash(NBS / "10_weight_tuning.ipynb")  # as it is when the work begins
+ledger = Ledger()
+WAYS = {"full": {}, "head": dict(strategy="head"), "lp-ft": dict(strategy="lp-ft"), "gradual": dict(strategy="gradual"), "discriminative": dict(strategy="discriminative"),
+        "auto-rgn": dict(strategy="auto-rgn"), "surgical": dict(strategy="surgical"), "norm-only": dict(strategy="norm-only"), "lora": dict(strategy="lora"), "l2-sp": dict(strategy="l2-sp", pull=.1)}
+
+
+def say(stage, text, **figures):
+    print(text, flush=True)
+    ledger.add(stage, text=text, **figures)
+
+
+def pixels_of(images, size):
+    """uint8 [N, S, S, 3] and labels."""
+    batches = list(images.loader(batch_size=500, size=size))
+    return torch.cat([b.pixels for b in batches]).permute(0, 2, 3, 1).contiguous().numpy(), torch.cat([b.labels for b in batches]).numpy()
+
+
+def noise(x, sigma=20):
+    return np.clip(x + np.random.default_rng(0).normal(0, sigma, x.shape), 0, 255).astype(np.uint8)
+
+
+def blur(x):
+    return np.stack([np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(x.shape[1] / 32))) for one in x])
+
+
+def contrast(x):
+    mean = x.mean((1, 2), keepdims=True)
+    return (mean + .3 * (x - mean)).astype(np.uint8)
+
+
+def same(x):
+    return x
+
+
+def interval(gain):
+    half = student.ppf(.975, len(gain) - 1) * gain.std(ddof=1) / len(gain)**.5
+    return f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]", gain.mean() - half, gain.mean() + half
+
+
+def verdict(low, high):
+    return "better" if low > 0 else "worse" if high < 0 else "not shown"
+
+
+def tuned(start, part, shots, recipe, seed):
+    model = start(seed)
+    run = fit(model, part.few(shots, seed=seed), None, recipe.replace(seed=seed), progress=False)
+    return model, run
+
+
+def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
+    """Every way with the same pictures and steps: its rate by validation loss with a seed of its own, then `seeds` runs. {way: accuracies [seeds, tests]}, {way: validation losses}."""
+    found, losses, chosen = {}, {}, {}
+    for way, options in ways.items():
+        rate = min(rates, key=lambda lr: evaluate(tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000)[0], valid, size=recipe.size).nll)
+        for seed in range(seeds):
+            model, _ = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
+            found.setdefault(way, []).append([evaluate(model, test, size=recipe.size).accuracy for test in tests.values()])
+            losses.setdefault(way, []).append(evaluate(model, valid, size=recipe.size).nll)
+        chosen[way] = rate
+        print(f"  {name}: {way}, rate {rate}: {np.mean(found[way], 0)}", flush=True)
+    for column, test in enumerate(tests):
+        values = {way: np.array(rows)[:, column] for way, rows in found.items()}
+        for way, row in values.items():
+            text, low, high = interval(row - values["full"])
+            say(f"{name}, {test}, {way}", f"{name}, {test:24} {way:14} {row.mean():.3f}   against full {text} {verdict(low, high) if way != 'full' else ''}",
+                n=len(tests[test]), values=row.tolist(), rate=chosen[way])
+    return {way: np.array(rows) for way, rows in found.items()}, losses
+
+
+def which_block(name, found, losses, groups):
+    """The best single block by validation loss, and the adaptive strategy against it."""
+    best = min((f"only {group}" for group in groups), key=lambda way: np.mean(losses[way]))
+    for rival in ("full", "auto-rgn"):
+        text, low, high = interval(found[rival][:, 0] - found[best][:, 0])
+        say(f"{name}, {rival} against the best block", f"{name}: the best block by validation loss is {best.removeprefix('only ')}; {rival} against it {text} {verdict(low, high)}", best=best)
+
+
+def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low contrast", "labels reversed"), ways=WAYS, rates=(.002, .01, .05)):
+    """Pictures come from the test split: the net has seen the originals of the training split."""
+    def start(seed):
+        return copy.deepcopy(source)
+
+    source = load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10)
+    images = load_images("cifar10", "test")
+    x, y = pixels_of(images, 32)
+    order = np.random.default_rng(0).permutation(len(x))
+    cut = {"test": order[:2000], "valid": order[2000:2500], "pool": order[2500:]}
+    change = {"noise": noise, "blur": blur, "low contrast": contrast}
+    groups = [g for g in layer_groups(source) if g != "fc"]
+    ways = ways | {f"only {g}": dict(strategy="surgical", layers=(g,), head_lr=0.) for g in groups}
+    recipe = Recipe(epochs=epochs, batch_size=32, size=32)
+    for shift in shifts:
+        moved = change.get(shift, same)(x)
+        labels = 9 - y if shift == "labels reversed" else y
+        parts = {name: from_arrays(moved[at], labels[at], images.classes) for name, at in cut.items()}
+        say(f"{shift}, as it comes", f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; {shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test images", n=len(cut["test"]))
+        found, losses = race(shift, start, parts["pool"], parts["valid"], {"test": parts["test"]}, shots, recipe, ways, rates, seeds)
+        which_block(shift, found, losses, groups)
+    return {"data": f"cifar10 near, {shots} labels a class", "arch": "resnet20", "size": 32, "fingerprint": images.fingerprint()}
+
+
+def many():
+    few = {way: WAYS[way] for way in ("full", "head", "auto-rgn", "norm-only", "lora")}
+    return near(200, 3, 3, ("noise", "labels reversed"), few, (.005, .03))
+
+
+def imagenet(classes):
+    def start(seed):
+        torch.manual_seed(seed)
+        return load_resnet("resnet18", REAL / "weights/resnet18_imagenet.pth", classes)
+    return start
+
+
+def cifar(size, n_test=1000):
+    """Pool, validation and test pictures of CIFAR-10 (JPEG) at a size, and corrupted copies of the test pictures."""
+    train, test = load_images("cifar10", "train", limit=6000), load_images("cifar10", "test", limit=n_test)
+    (x, y), (tx, ty) = pixels_of(train, size), pixels_of(test, size)
+    tests = {"its own distribution": tx, "off it: noise": noise(tx, 30), "off it: blur": blur(tx), "off it: low contrast": contrast(tx)}
+    return from_arrays(x[1000:], y[1000:], train.classes), from_arrays(x[:1000], y[:1000], train.classes), {name: from_arrays(v, ty, train.classes) for name, v in tests.items()}, train
+
+
+def far(size=64, seeds=3):
+    pool, valid, tests, images = cifar(size)
+    race("CIFAR-10", imagenet(10), pool, valid, {name: tests[name] for name in ("its own distribution", "off it: noise")}, 20, Recipe(epochs=6, batch_size=32, size=size), WAYS, (.002, .01, .05), seeds)
+    caltech = load_images("caltech101")
+    pool, valid, test = caltech.three_way()
+    test = test.limited(1000)
+    parts = [from_arrays(*pixels_of(part, size), caltech.classes) for part in (pool, valid, test)]
+    race("Caltech-101", imagenet(len(caltech.classes)), parts[0], parts[1].limited(500), {"its own distribution": parts[2]}, 5, Recipe(epochs=4, batch_size=32, size=size), WAYS, (.005, .02, .08), seeds)
+    return {"data": "cifar10 and caltech101, few labels", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
+
+
+def ood(size=64, seeds=3, shots=200):
+    """Kumar et al. 2022: equal pictures seen; the head first, or everything at once."""
+    pool, valid, tests, images = cifar(size)
+    ways = {way: WAYS[way] for way in ("full", "head", "lp-ft", "auto-rgn", "l2-sp")}
+    found, _ = race("CIFAR-10, many labels", imagenet(10), pool, valid, tests, shots, Recipe(epochs=4, batch_size=32, size=size, augment="flip"), ways, (.003, .015), seeds)
+    for name, columns in (("its own distribution", [0]), ("off it, mean of three", [1, 2, 3])):
+        text, low, high = interval((found["lp-ft"] - found["full"])[:, columns].mean(1))
+        say(f"lp-ft against full, {name}", f"LP-FT against full, {name}: {text} {verdict(low, high)}", n=len(tests["its own distribution"]))
+    return {"data": f"cifar10, {shots} labels a class", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        ledger = Ledger()
+        context = {"near": near, "far": far, "ood": ood, "many": many}[name]()
+        place = ledger.save(OUT / f"{name}-cpu.json", lesson="10_weight_tuning", source=SOURCE, device="cpu", threads=torch.get_num_threads(), **context)
+        print("written", place.relative_to(ROOT))
