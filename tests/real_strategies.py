@@ -1,10 +1,11 @@
-"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | many.
+"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | many | activation.
 
 near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels a class, to other pictures of the same classes (JPEG, noise, blur,
        low contrast) and to other labels for the same pictures (reversed)
 far    ImageNet's ResNet-18 learns the classes of Caltech-101 and of CIFAR-10 (JPEG) from few labels
 ood    the same net learns CIFAR-10 from many labels, by full fine-tuning and LP-FT, and is tested on what it learned and on pictures that are corrupted
 many   `near` with 200 labels a class, for noise and for reversed labels
+activation   another activation function in the net that was trained on CIFAR-10: what breaks, and how many steps mend it, at once or with a ramp
 
 Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets the same pictures and steps, and one of the same
 rates, chosen on validation pictures with a seed of its own.
@@ -21,6 +22,8 @@ from PIL import Image, ImageFilter
 from scipy.stats import t as student
 
 from finetune_nb.data import load_images
+from finetune_nb.edits import replace_activation
+from finetune_nb.engine import recalibrate
 from finetune_nb.environment import notebook_hash
 from finetune_nb.evaluation import Ledger, evaluate
 from finetune_nb.index import from_arrays
@@ -173,9 +176,36 @@ def ood(size=64, seeds=3, shots=200):
     return {"data": f"cifar10, {shots} labels a class", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
 
 
+def activation(shots=200, epochs=4, seeds=3, kinds=("relu", "leaky_relu", "gelu", "silu", "tanh")):
+    """Validation accuracy after every epoch from the exchange on; the rate of each function by validation loss with a seed of its own."""
+    source, images = load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10), load_images("cifar10", "test")
+    x, y = pixels_of(images, 32)
+    order = np.random.default_rng(0).permutation(len(x))
+    test, valid, pool = (from_arrays(x[at], y[at], images.classes) for at in (order[:2000], order[2000:2500], order[2500:]))
+    recipe, control = Recipe(epochs=epochs, batch_size=64, size=32), None
+
+    def run(kind, ramp, lr, seed):
+        model = replace_activation(source, kind)
+        history = fit(model, pool.few(shots, seed=seed), valid, recipe.replace(ramp=ramp, lr=lr, seed=seed), progress=False).history
+        return model, [row["valid_accuracy"] for row in history], history[-1]["valid_loss"]
+
+    for kind in kinds:
+        swapped = replace_activation(source, kind)
+        say(f"{kind}, untrained", f"{kind:11} as exchanged {evaluate(swapped, test, size=32).accuracy:.3f}, norms measured anew {evaluate(recalibrate(copy.deepcopy(swapped), pool, 32), test, size=32).accuracy:.3f}", n=len(test))
+        rate = min((.01, .05), key=lambda lr: run(kind, 0., lr, 1000)[2])
+        for ramp in (0., .5) if kind != "relu" else (0.,):
+            runs = [run(kind, ramp, rate, seed) for seed in range(seeds)]
+            values, path = np.array([evaluate(model, test, size=32).accuracy for model, *_ in runs]), np.mean([accuracies for _, accuracies, _ in runs], 0)
+            control = values if control is None else control
+            text, low, high = interval(values - control)
+            say(f"{kind}, ramp {ramp}", f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each {-(-10 * shots // 64)} steps {', '.join(f'{v:.3f}' for v in path)}; test {values.mean():.3f}, against relu trained alike {text} {verdict(low, high) if kind != 'relu' else ''}",
+                n=len(test), values=values.tolist(), path=path.tolist(), rate=rate)
+    return {"data": f"cifar10 activation, {shots} labels a class", "arch": "resnet20", "size": 32, "fingerprint": images.fingerprint()}
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         ledger = Ledger()
-        context = {"near": near, "far": far, "ood": ood, "many": many}[name]()
+        context = {"near": near, "far": far, "ood": ood, "many": many, "activation": activation}[name]()
         place = ledger.save(OUT / f"{name}-cpu.json", lesson="10_weight_tuning", source=SOURCE, device="cpu", threads=torch.get_num_threads(), **context)
         print("written", place.relative_to(ROOT))
