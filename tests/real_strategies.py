@@ -4,7 +4,7 @@ near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels 
        low contrast) and to other labels for the same pictures (reversed)
 far    ImageNet's ResNet-18 learns the classes of Caltech-101 and of CIFAR-10 (JPEG) from few labels
 ood    the same net learns CIFAR-10 from many labels, by full fine-tuning and LP-FT, and is tested on what it learned and on pictures that are corrupted
-many   `near` with 200 labels a class, for noise and for reversed labels
+many   `near` with 100 labels a class, for noise and for reversed labels
 activation   another activation function in the net that was trained on CIFAR-10: what breaks, and how many steps mend it, at once or with a ramp
 
 Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets the same pictures and steps, and one of the same
@@ -136,7 +136,7 @@ def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low cont
 
 def many():
     few = {way: WAYS[way] for way in ("full", "head", "auto-rgn", "norm-only", "lora")}
-    return near(200, 3, 3, ("noise", "labels reversed"), few, (.005, .03))
+    return near(100, 4, 3, ("noise", "labels reversed"), few, (.005, .03))
 
 
 def imagenet(classes):
