@@ -153,6 +153,8 @@ class Loop:
         self.at = {"epoch": 0, "position": 0, "step": 0, "sums": [0.0, 0, 0], "best": None, "history": [],
                    "stopped": False, "set_aside": {}, "clock": 0.0, "notes": {}}
         require_fit(model, recipe.strategy)
+        if recipe.ramp and not any(isinstance(module, Activation) for module in model.modules()):
+            raise FinetuneError(f"Recipe(ramp={recipe.ramp}): there is no replaced activation to take over; give fit a net from replace_activation, or ramp=0")
         if self.strategy.prepare: self.strategy.prepare(self)
         self.average = copy.deepcopy(model).eval() if recipe.ema or recipe.swa else None
         self.optimizer = make_optimizer(model, recipe)

@@ -71,6 +71,11 @@ def test_an_unfinished_ramp_is_never_the_best(parts):
     assert len(run.history) == 3 and amounts(run.model) == {1.}
 
 
+def test_a_ramp_needs_something_to_ramp(parts):
+    with pytest.raises(FinetuneError, match="no replaced activation"):
+        quiet(net(), parts[0], recipe=SMALL.replace(ramp=.5))
+
+
 def test_names_that_do_not_exist():
     with pytest.raises(FinetuneError, match="choose from relu, leaky_relu"):
         replace_activation(net(), "swoosh")
