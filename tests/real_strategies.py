@@ -1,9 +1,10 @@
-"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | many | activation.
+"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | slow | many | activation.
 
 near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels a class, to other pictures of the same classes (JPEG, noise, blur,
        low contrast) and to other labels for the same pictures (reversed)
 far    ImageNet's ResNet-18 learns the classes of Caltech-101 and of CIFAR-10 (JPEG) from few labels
 ood    the same net learns CIFAR-10 from 100 labels a class, by full fine-tuning and LP-FT, and is tested on what it learned and on pictures that are corrupted
+slow   `ood` with a body that learns ten times slower than the head
 many   `near` with 100 labels a class, for noise and for reversed labels
 activation   another activation function in the net that was trained on CIFAR-10: what breaks, and how many steps mend it, at once or with a ramp
 
@@ -89,15 +90,14 @@ def all_classes(*parts):
 
 
 def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
-    """Every way with the same pictures and steps: its rate by validation loss with a seed of its own, then `seeds` runs. {way: accuracies [seeds, tests]}, {way: validation losses}."""
+    """Every way with the same pictures and steps: its rate by validation loss with a seed of its own, then `seeds` runs. {way: accuracies [seeds, tests]}."""
     all_classes(pool, valid, *tests.values())
-    found, losses, chosen = {}, {}, {}
+    found, chosen = {}, {}
     for way, options in ways.items():
         rate = min(rates, key=lambda lr: evaluate(tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000)[0], valid, size=recipe.size).nll)
         for seed in range(seeds):
             model, _ = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
             found.setdefault(way, []).append([evaluate(model, test, size=recipe.size).accuracy for test in tests.values()])
-            losses.setdefault(way, []).append(evaluate(model, valid, size=recipe.size).nll)
         chosen[way] = rate
         print(f"  {name}: {way}, rate {rate}: {np.mean(found[way], 0)}", flush=True)
     for column, test in enumerate(tests):
@@ -106,15 +106,7 @@ def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
             text, low, high = interval(row - values["full"])
             say(f"{name}, {test}, {way}", f"{name}, {test:24} {way:14} {row.mean():.3f}   against full {text} {verdict(low, high) if way != 'full' else ''}",
                 n=len(tests[test]), values=row.tolist(), rate=chosen[way])
-    return {way: np.array(rows) for way, rows in found.items()}, losses
-
-
-def which_block(name, found, losses, groups):
-    """The best single block by validation loss, and the adaptive strategy against it."""
-    best = min((f"only {group}" for group in groups), key=lambda way: np.mean(losses[way]))
-    for rival in ("full", "auto-rgn"):
-        text, low, high = interval(found[rival][:, 0] - found[best][:, 0])
-        say(f"{name}, {rival} against the best block", f"{name}: the best block by validation loss is {best.removeprefix('only ')}; {rival} against it {text} {verdict(low, high)}", best=best)
+    return {way: np.array(rows) for way, rows in found.items()}
 
 
 def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low contrast", "labels reversed"), ways=WAYS, rates=(.002, .01, .05)):
@@ -136,8 +128,7 @@ def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low cont
         labels = 9 - y if shift == "labels reversed" else y
         parts = {name: from_arrays(moved[at], labels[at], images.classes) for name, at in cut.items()}
         say(f"{shift}, as it comes", f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; {shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test images", n=len(cut["test"]))
-        found, losses = race(shift, start, parts["pool"], parts["valid"], {"test": parts["test"]}, shots, recipe, ways, rates, seeds)
-        which_block(shift, found, losses, groups)
+        race(shift, start, parts["pool"], parts["valid"], {"test": parts["test"]}, shots, recipe, ways, rates, seeds)
     return {"data": f"cifar10 near, {shots} labels a class", "arch": "resnet20", "size": 32, "fingerprint": images.fingerprint()}
 
 
@@ -174,14 +165,18 @@ def far(size=64, seeds=3):
     return {"data": "cifar10 and caltech101, few labels", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
 
 
-def ood(size=64, seeds=3, shots=100):
+def slow():
+    """The same with a body that learns ten times slower than the head, for both."""
+    return ood(ways={"full": {}, "full slow": dict(body_lr=.1), "lp-ft slow": dict(strategy="lp-ft", body_lr=.1)}, rival="full slow", probe="lp-ft slow")
+
+
+def ood(size=64, seeds=3, shots=100, ways={way: WAYS[way] for way in ("full", "head", "lp-ft", "auto-rgn", "l2-sp")}, rival="full", probe="lp-ft"):
     """Kumar et al. 2022: equal pictures seen; the head first, or everything at once."""
     pool, valid, tests, images = cifar(size)
-    ways = {way: WAYS[way] for way in ("full", "head", "lp-ft", "auto-rgn", "l2-sp")}
-    found, _ = race(f"CIFAR-10, {shots} labels", imagenet(10), pool, valid, tests, shots, Recipe(epochs=4, batch_size=32, size=size, augment="flip"), ways, (.003, .015), seeds)
+    found = race(f"CIFAR-10, {shots} labels", imagenet(10), pool, valid, tests, shots, Recipe(epochs=4, batch_size=32, size=size, augment="flip"), ways, (.003, .015), seeds)
     for name, columns in (("its own distribution", [0]), ("off it, mean of three", [1, 2, 3])):
-        text, low, high = interval((found["lp-ft"] - found["full"])[:, columns].mean(1))
-        say(f"lp-ft against full, {name}", f"LP-FT against full, {name}: {text} {verdict(low, high)}", n=len(tests["its own distribution"]))
+        text, low, high = interval((found[probe] - found[rival])[:, columns].mean(1))
+        say(f"{probe} against {rival}, {name}", f"{probe} against {rival}, {name}: {text} {verdict(low, high)}", n=len(tests["its own distribution"]))
     return {"data": f"cifar10, {shots} labels a class", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
 
 
@@ -215,6 +210,6 @@ def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu"
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         ledger = Ledger()
-        context = {"near": near, "far": far, "ood": ood, "many": many, "activation": activation}[name]()
+        context = {"near": near, "far": far, "ood": ood, "many": many, "activation": activation, "slow": slow}[name]()
         place = ledger.save(OUT / f"{name}-cpu.json", lesson="10_weight_tuning", source=SOURCE, device="cpu", threads=torch.get_num_threads(), **context)
         print("written", place.relative_to(ROOT))
