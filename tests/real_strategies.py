@@ -181,7 +181,7 @@ def ood(size=64, seeds=3, shots=100, ways={way: WAYS[way] for way in ("full", "h
 
 
 def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu", "silu", "tanh")):
-    """Validation accuracy after every epoch from the exchange on; the rate of each function by validation loss with a seed of its own."""
+    """Validation accuracy after every epoch from the exchange on; the rate of each function by validation accuracy with a seed of its own."""
     source, images = load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10), load_images("cifar10", "test")
     x, y = pixels_of(images, 32)
     order = np.random.default_rng(0).permutation(len(x))
@@ -191,15 +191,15 @@ def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu"
     def run(kind, ramp, lr, seed):
         model = replace_activation(source, kind)
         history = fit(model, pool.few(shots, seed=seed), valid, recipe.replace(ramp=ramp, lr=lr, seed=seed), progress=False).history
-        return model, [row["valid_accuracy"] for row in history], history[-1]["valid_loss"]
+        return model, [row["valid_accuracy"] for row in history]
 
     for kind in kinds:
         swapped = replace_activation(source, kind)
         say(f"{kind}, untrained", f"{kind:11} as exchanged {evaluate(swapped, test, size=32).accuracy:.3f}, norms measured anew {evaluate(recalibrate(copy.deepcopy(swapped), pool, 32), test, size=32).accuracy:.3f}", n=len(test))
-        rate = min((.01, .05), key=lambda lr: run(kind, 0., lr, 1000)[2])
+        rate = max((.01, .05), key=lambda lr: run(kind, 0., lr, 1000)[1][-1])  # by accuracy: a net that is sure of itself has a high loss and may yet be right
         for ramp in (0., .5) if kind != "relu" else (0.,):
             runs = [run(kind, ramp, rate, seed) for seed in range(seeds)]
-            values, path = np.array([evaluate(model, test, size=32).accuracy for model, *_ in runs]), np.mean([accuracies for _, accuracies, _ in runs], 0)
+            values, path = np.array([evaluate(model, test, size=32).accuracy for model, _ in runs]), np.mean([accuracies for _, accuracies in runs], 0)
             control = values if control is None else control
             text, low, high = interval(values - control)
             say(f"{kind}, ramp {ramp}", f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each {-(-10 * shots // 32)} steps {', '.join(f'{v:.3f}' for v in path)}; test {values.mean():.3f}, against relu trained alike {text} {verdict(low, high) if kind != 'relu' else ''}",
