@@ -40,7 +40,13 @@ def refresh(path):
         # A relative working folder keeps machine paths out of what the lessons print.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ["FINETUNE_NB_RUNS"] = runs
-        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+        client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NBS)}})
+        try:
+            client.execute()
+        except TimeoutError as error:  # Jupyter loses the reply of a finished cell now and then, with both cores busy
+            print(f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})", flush=True)
+            client.reset_execution_trackers()
+            client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
