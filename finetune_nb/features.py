@@ -131,13 +131,15 @@ def model_fingerprint(model) -> str:
     "A short hash of all weights and running statistics below the head, and of how pixels become the net's input."
     digest = hashlib.sha256(json.dumps([model.info[k] for k in ("arch", "mean", "std", "crop_ratio")]).encode())
     for name, value in model.state_dict().items():
-        if not name.startswith("fc."): digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        if not name.startswith("fc."):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/07_features.ipynb #9b7d6a44
-def _one_part(model, taps, images, size, group, batch_size, device, workers, width, bar):
-    "float16 [n, D] of one part's images; NaN where an image cannot be read."
-    out, at = np.full((len(images), width), np.nan, np.float16), 0
+def _one_part(model, taps, images, size, group, batch_size, device, workers, out, bar):
+    "Fill float16 [n, D] with one part's rows, group by group; NaN where an image cannot be read."
+    rows, at = torch.from_numpy(out), 0  # the same memory: values are rounded on their way into it
     loader = images.loader(batch_size=-(-batch_size//group)*group, size=size, crop_ratio=model.info["crop_ratio"], workers=workers)
     for batch in loader:
         n = batch.next_position - at
@@ -146,14 +148,17 @@ def _one_part(model, taps, images, size, group, batch_size, device, workers, wid
         if n % group or not good.all():  # grey squares in the place of unreadable images and after the last, so that the groups stay as they are
             pixels = torch.full((-(-n//group)*group, 3, size, size), 127, dtype=torch.uint8)
             pixels[:n][torch.from_numpy(good)] = batch.pixels
-        rows = [taps(to_input(some, model, device).contiguous(memory_format=torch.channels_last)) for some in pixels.split(group)]
-        if not all(values.abs().amax() < 65520 for values in rows):  # what rounds to more than float16's largest; NaN is not less, either
-            raise FinetuneError("the net gives values that float16 cannot hold (NaN or beyond 65,504): its weights are damaged, or its input is not what it was trained on")
-        rows = torch.cat([values.half().cpu() for values in rows])[:n].numpy()
-        out[at:batch.next_position] = rows if good.all() else np.where(good[:, None], rows, np.float16(np.nan))
+        for first, some in zip(range(at, batch.next_position, group), pixels.split(group)):
+            values = taps(to_input(some, model, device).contiguous(memory_format=torch.channels_last))
+            low, high = torch.aminmax(values)
+            if not (-65520 < low and high < 65520):  # what rounds to more than float16's largest; NaN is neither
+                raise FinetuneError("the net gives values that float16 cannot hold (NaN or beyond 65,504): its weights are damaged, or its input is not what it was trained on")
+            last = min(first + group, batch.next_position)
+            rows[first:last].copy_(values[:last - first])
+        out[at:batch.next_position][~good] = np.nan
         at = batch.next_position
         bar.update(n)
-    return out
+
 
 # %% ../nbs/07_features.ipynb #7907872a
 def extract_features(
@@ -184,7 +189,7 @@ def extract_features(
             with tqdm(total=sum(last - first for _, first, last in spans), unit="img", disable=not progress) as bar:
                 for number, first, last in spans:
                     some = images.select(np.arange(first, last))
-                    array[first:last] = _one_part(model, taps, some, size, group, batch_size, device, workers, width, bar)
+                    _one_part(model, taps, some, size, group, batch_size, device, workers, array[first:last], bar)
                     if folder: array.flush(); parts.save(number, labels=some.labels, ids=row_ids(some))
     finally: model.train(was_training)
     if not folder: return Features(array, images.labels, row_ids(images), meta)
