@@ -77,7 +77,7 @@ def activations(model) -> list: # rows (parent, name of the child, name of its f
     "The nonlinearities of a net that are modules; those that `ACTIVATIONS` knows."
     named = {kind: name for name, kind in ACTIVATIONS.items() if name != "identity"}
     found = []
-    for path, parent in model.named_modules():
+    for parent in model.modules():
         if isinstance(parent, Activation): continue
         for child, module in parent.named_children():
             if isinstance(module, Activation): found.append((parent, child, module.name))

@@ -75,14 +75,14 @@ def _raw(pixels):
 
 
 def _measures(raw):
-    "The names of `MEASURES` from the columns of `_RAW`, for all rows at once."
+    "The names of `MEASURES`, sums, squares and thumbs from the columns of `_RAW`, for all rows at once."
     counts, level = raw["counts"], np.arange(256)
     reached, n = counts.cumsum(1), np.maximum(counts.sum(1, keepdims=True), 1)
     share = counts/n
     mean = share @ level
     low, high = ((reached >= part*n).argmax(1) for part in (.05, .99))
     out = {"dark": high, "bright": low, "contrast": np.sqrt(np.maximum(share @ level**2 - mean**2, 0)), "entropy": -(share*np.log2(np.where(share > 0, share, 1))).sum(1)}
-    return {name: np.asarray((out | raw)[name], np.float32) for name in MEASURES}
+    return {name: np.asarray((out | raw)[name], np.float32) for name in MEASURES} | {name: raw[name] for name in ("sums", "squares", "thumb")}
 
 
 def measure_pixels(
@@ -91,8 +91,7 @@ def measure_pixels(
     """99th percentile of grey (low: a dark image) and 5th (high: a bright one), its standard deviation, its entropy in
     bits, the variance of the Laplacian, the noise's standard deviation from the median of |second differences| (after
     Immerkær 1996, robust to edges), and the mean distance of the channels."""
-    raw = _raw(pixels)
-    return _measures(raw) | {name: raw[name] for name in ("sums", "squares", "thumb")}
+    return _measures(_raw(pixels))
 
 
 # %% ../nbs/31_pixels.ipynb #95302202
@@ -102,7 +101,7 @@ def _empty(kinds, n): return {name: np.zeros((n, *shape), kind) for name, (kind,
 
 
 def _measure_rows(images, first, last):
-    "The columns of `_ROW` for some places of a selection."
+    "The columns of `_ROW` and what `_measures` gives, for some places of a selection."
     rows = images.rows_at(np.arange(first, last))
     out, raw = _empty(_ROW, len(rows)), _empty(_RAW, len(rows))
     out["reason"][:] = ""
@@ -119,7 +118,7 @@ def _measure_rows(images, first, last):
         at.append(i); some.append(pixels)
         if len(at)*pixels.size > 2**18 or pixels.size > 3*_LARGE: measure(pixels.shape)
     for shape in list(waiting): measure(shape)
-    return out | _measures(raw) | {name: raw[name] for name in ("sums", "squares", "thumb")}
+    return out | _measures(raw)
 
 
 def pixel_pass(

@@ -9,7 +9,7 @@ __all__ = ['layer_groups', 'relative_gradients', 'LowRankConv2d']
 import torch
 from torch import nn
 
-from .engine import STRATEGIES, Strategy
+from .engine import STRATEGIES, Strategy, top_rate
 from .environment import FinetuneError
 from .models import layer_names, to_input
 
@@ -37,17 +37,17 @@ def _probe_epochs(recipe):
 
 def _lp_ft(model, recipe, epoch, notes):
     probing = epoch < _probe_epochs(recipe)
-    return {name: recipe.head_lr if name == "fc" else 0. if probing else recipe.body_lr for name in layer_names(model)}
+    return {name: 0. if probing and name != "fc" else top_rate(name, recipe) for name in layer_names(model)}
 
 
 def _gradual(model, recipe, epoch, notes):
     groups = list(layer_groups(model))
     free = 1 + (epoch if recipe.epochs >= len(groups) else -(-epoch*(len(groups) - 1)//max(1, recipe.epochs - 1)))
-    return _spread(model, {group: (recipe.head_lr if group == "fc" else recipe.body_lr) if i < free else 0. for i, group in enumerate(reversed(groups))})
+    return _spread(model, {group: top_rate(group, recipe) if i < free else 0. for i, group in enumerate(reversed(groups))})
 
 
 def _discriminative(model, recipe, epoch, notes):
-    return _spread(model, {group: recipe.layer_decay**-i*(recipe.head_lr if group == "fc" else recipe.body_lr) for i, group in enumerate(reversed(layer_groups(model)))})
+    return _spread(model, {group: recipe.layer_decay**-i*top_rate(group, recipe) for i, group in enumerate(reversed(layer_groups(model)))})
 
 
 STRATEGIES["lp-ft"] = Strategy(_lp_ft, phases=lambda recipe: [_probe_epochs(recipe), recipe.epochs - _probe_epochs(recipe)])
@@ -95,10 +95,10 @@ def _choose(loop):
 
 
 def _surgical(model, recipe, epoch, notes):
-    return _spread(model, {group: recipe.head_lr if group == "fc" else recipe.body_lr if group in notes["layers"] else 0. for group in layer_groups(model)})
+    return _spread(model, {group: top_rate(group, recipe) if group in ("fc", *notes["layers"]) else 0. for group in layer_groups(model)})
 
 
-def _everything(model, recipe, epoch, notes): return {name: recipe.head_lr if name == "fc" else recipe.body_lr for name in layer_names(model)}
+def _everything(model, recipe, epoch, notes): return {name: top_rate(name, recipe) for name in layer_names(model)}
 
 
 def _adapt(loop):

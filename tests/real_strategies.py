@@ -79,8 +79,8 @@ def verdict(low, high):
 
 def tuned(start, part, shots, recipe, seed):
     model = start(seed)
-    run = fit(model, part.few(shots, seed=seed), None, recipe.replace(seed=seed), progress=False)
-    return model, run
+    fit(model, part.few(shots, seed=seed), None, recipe.replace(seed=seed), progress=False)
+    return model
 
 
 def all_classes(*parts):
@@ -94,9 +94,9 @@ def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
     all_classes(pool, valid, *tests.values())
     found, chosen = {}, {}
     for way, options in ways.items():
-        rate = min(rates, key=lambda lr: evaluate(tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000)[0], valid, size=recipe.size).nll)
+        rate = min(rates, key=lambda lr: evaluate(tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000), valid, size=recipe.size).nll)
         for seed in range(seeds):
-            model, _ = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
+            model = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
             found.setdefault(way, []).append([evaluate(model, test, size=recipe.size).accuracy for test in tests.values()])
         chosen[way] = rate
         print(f"  {name}: {way}, rate {rate}: {np.mean(found[way], 0)}", flush=True)

@@ -40,13 +40,14 @@ def refresh(path):
         # A relative working folder keeps machine paths out of what the lessons print.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ["FINETUNE_NB_RUNS"] = runs
-        client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NBS)}})
-        try:
-            client.execute()
-        except TimeoutError as error:  # Jupyter loses the reply of a finished cell now and then, with both cores busy
-            print(f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})", flush=True)
-            client.reset_execution_trackers()
-            client.execute()
+        for last in (False, True):  # Jupyter loses the reply of a finished cell now and then, with both cores busy
+            try:
+                NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+                break
+            except TimeoutError as error:
+                if last:
+                    raise
+                print(f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})", flush=True)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
