@@ -1,4 +1,5 @@
 """Everything about the package is said once, in settings.ini; this reads it."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -27,6 +28,8 @@ setup(
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
     },
     # An installed wheel finds the shipped checkpoint under <prefix>/share/finetune_nb.
-    data_files=[("share/finetune_nb", [str(p) for p in sorted(Path("data").glob("*.*")) if p.is_file()])],
+    data_files=[
+        ("share/finetune_nb", [str(p) for p in sorted(Path("data").glob("*.*")) if p.is_file()])
+    ],
     zip_safe=False,
 )

@@ -14,85 +14,129 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import nn
 
-from .data import load_images
+from .data.loading import load_images
 from .environment import FinetuneError, write_atomic
-from .evaluation import Ledger, evaluate
-from .index import Images, from_arrays
-from .models import SMALL, count_cost, load_resnet, to_input
+from .evaluation.metrics import Ledger, evaluate
+from .data.index import Images, from_arrays
+from .models.loading import SMALL, count_cost, load_resnet, to_input
 from .report import write_card, write_report
-from .training import Recipe, fit
+from .training.run import Recipe, fit
 
 # %% ../nbs/14_application.ipynb #6ba25ab7
 def as_images(
-    images, # Images, or an array: uint8 or float in 0…1, [N, S, S] or [N, S, S, 3]
-    labels=None, # int [N]; None for images that already have labels, or none
+    images,  # Images, or an array: uint8 or float in 0…1, [N, S, S] or [N, S, S, 3]
+    labels=None,  # int [N]; None for images that already have labels, or none
 ) -> Images:
     "Take what users have: an index, or arrays with labels."
-    if isinstance(images, Images): return images
+    if isinstance(images, Images):
+        return images
     pixels = np.asarray(images)
     if pixels.dtype.kind == "f":
         if pixels.size and (not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1):
-            raise FinetuneError(f"float images must lie in 0…1, these run from {np.nanmin(pixels):.3g} to {np.nanmax(pixels):.3g}: divide by the largest possible value, 255 for 8 bits")
-        pixels = (pixels*255).round().astype(np.uint8)
+            raise FinetuneError(
+                f"float images must lie in 0…1, these run from {np.nanmin(pixels):.3g} to {np.nanmax(pixels):.3g}: divide by the largest possible value, 255 for 8 bits"
+            )
+        pixels = (pixels * 255).round().astype(np.uint8)
     return from_arrays(pixels, np.zeros(len(pixels), int) if labels is None else labels)
 
 
 class ResNet(nn.Module):
     """The article's class, working: a pretrained ResNet with `fit` and `predict` for arrays or `Images`. Input float
     [B, 3, H, W], output logits."""
+
     def __init__(self, pretrained=None, arch="resnet20", num_classes=None):
         super().__init__()
         self.net = load_resnet(arch, pretrained, num_classes)
 
     @property
-    def info(self): return self.net.info
+    def info(self):
+        return self.net.info
+
     @property
-    def fc(self): return self.net.fc
+    def fc(self):
+        return self.net.fc
+
     def __setattr__(self, name, value):
-        if name != "fc": return super().__setattr__(name, value)
+        if name != "fc":
+            return super().__setattr__(name, value)
         if not isinstance(value, nn.Linear) or value.in_features != self.net.fc.in_features:
-            raise FinetuneError(f"fc must be an nn.Linear with {self.net.fc.in_features} inputs, not {value}")
+            raise FinetuneError(
+                f"fc must be an nn.Linear with {self.net.fc.in_features} inputs, not {value}"
+            )
         self.net.fc, self.net.info["num_classes"] = value, value.out_features
 
-    def forward(self, x): return self.net(x)
-    def fit(self, images, labels=None, epochs=10, batch_size=32, valid=None, **recipe): # → self; `recipe` takes the fields of Recipe and fit's folder, device …
-        options = {name: recipe.pop(name)
-                   for name in ("folder", "resume", "save_every", "device", "workers", "progress") if name in recipe}
-        self.run = fit(self.net, as_images(images, labels), valid,
-                       Recipe(epochs=epochs, batch_size=batch_size, **recipe), **options)
+    def forward(self, x):
+        return self.net(x)
+
+    def fit(
+        self, images, labels=None, epochs=10, batch_size=32, valid=None, **recipe
+    ):  # → self; `recipe` takes the fields of Recipe and fit's folder, device …
+        options = {
+            name: recipe.pop(name)
+            for name in ("folder", "resume", "save_every", "device", "workers", "progress")
+            if name in recipe
+        }
+        self.run = fit(
+            self.net,
+            as_images(images, labels),
+            valid,
+            Recipe(epochs=epochs, batch_size=batch_size, **recipe),
+            **options,
+        )
         return self
-    def predict(self, images, batch_size=256): return predict(self.net, as_images(images), batch_size)[0]
+
+    def predict(self, images, batch_size=256):
+        return predict(self.net, as_images(images), batch_size)[0]
 
 # %% ../nbs/14_application.ipynb #199a3ee7
 class FineTuneResNet(nn.Module):
     "The article's ResNet微调模型: a pretrained ResNet whose last layer is replaced by one for `num_classes`."
+
     def __init__(self, num_classes=10, pretrained=None, arch="resnet20"):
         super().__init__()
         self.resnet = ResNet(pretrained=pretrained or "shipped", arch=arch)
         self.resnet.fc = nn.Linear(self.resnet.fc.in_features, num_classes)
 
-    def forward(self, x): return self.resnet(x)
-    def fit(self, *args, **options): self.resnet.fit(*args, **options); return self
-    def predict(self, images): return self.resnet.predict(images)
+    def forward(self, x):
+        return self.resnet(x)
+
+    def fit(self, *args, **options):
+        self.resnet.fit(*args, **options)
+        return self
+
+    def predict(self, images):
+        return self.resnet.predict(images)
 
 
 ResNet微调模型 = FineTuneResNet
 
 # %% ../nbs/14_application.ipynb #176deb4e
 def predict(
-    model, # from `load_resnet` or `load_model`
-    images:Images, # labels are not looked at
-    batch_size:int=256, workers:int=2,
-) -> tuple: # (class int64 [N], probability of it float64 [N]); −1 and 0 where an image could not be decoded
+    model,  # from `load_resnet` or `load_model`
+    images: Images,  # labels are not looked at
+    batch_size: int = 256,
+    workers: int = 2,
+) -> (
+    tuple
+):  # (class int64 [N], probability of it float64 [N]); −1 and 0 where an image could not be decoded
     "The class of each image, in the order of the selection."
     model.eval()
-    guess, sure, device = np.full(len(images), -1), np.zeros(len(images)), next(model.parameters()).device
+    guess, sure, device = (
+        np.full(len(images), -1),
+        np.zeros(len(images)),
+        next(model.parameters()).device,
+    )
     place = {int(row): i for i, row in enumerate(images.rows_at(np.arange(len(images))))}
-    loader = images.loader(batch_size=batch_size, size=model.info["size"], crop_ratio=model.info["crop_ratio"],
-                           workers=workers)
+    loader = images.loader(
+        batch_size=batch_size,
+        size=model.info["size"],
+        crop_ratio=model.info["crop_ratio"],
+        workers=workers,
+    )
     with torch.inference_mode():
         for batch in loader:
-            if not len(batch.rows): continue
+            if not len(batch.rows):
+                continue
             top = model(to_input(batch.pixels, model, device)).float().softmax(1).max(1)
             at = [place[int(row)] for row in batch.rows]
             guess[at], sure[at] = top.indices.cpu().numpy(), top.values.cpu().numpy()
@@ -102,52 +146,105 @@ def predict(
 class FineTuner(ClassifierMixin, BaseEstimator):
     """A scikit-learn estimator: `FineTuner(arch, strategy).fit(train).predict(images)`; X may be `Images` or an array
     of pixels with y."""
-    def __init__(self, arch="resnet20", strategy="full", weights="shipped", epochs=10, batch_size=32, lr=0.02,
-                 augment="none", size=0, batchnorm="frozen-with-layer", seed=0, folder=None, progress=False):
-        own = {name: value for name, value in locals().items()
-               if name in inspect.signature(type(self).__init__).parameters and name != "self"}
-        for name, value in own.items(): setattr(self, name, value)
+
+    def __init__(
+        self,
+        arch="resnet20",
+        strategy="full",
+        weights="shipped",
+        epochs=10,
+        batch_size=32,
+        lr=0.02,
+        augment="none",
+        size=0,
+        batchnorm="frozen-with-layer",
+        seed=0,
+        folder=None,
+        progress=False,
+    ):
+        own = {
+            name: value
+            for name, value in locals().items()
+            if name in inspect.signature(type(self).__init__).parameters and name != "self"
+        }
+        for name, value in own.items():
+            setattr(self, name, value)
 
     def fit(self, X, y=None):
-        found = (np.array(X.classes), None) if isinstance(X, Images) else np.unique(y, return_inverse=True)
+        found = (
+            (np.array(X.classes), None)
+            if isinstance(X, Images)
+            else np.unique(y, return_inverse=True)
+        )
         self.classes_, codes = found
         images = as_images(X, codes)
         torch.manual_seed(self.seed)
         self.model_ = load_resnet(self.arch, self.weights, len(self.classes_), self.batchnorm)
-        recipe = Recipe(self.strategy, self.epochs, self.batch_size, lr=self.lr, augment=self.augment, size=self.size,
-                        seed=self.seed)
+        recipe = Recipe(
+            self.strategy,
+            self.epochs,
+            self.batch_size,
+            lr=self.lr,
+            augment=self.augment,
+            size=self.size,
+            seed=self.seed,
+        )
         self.run_ = fit(self.model_, images, None, recipe, self.folder, progress=self.progress)
         return self
 
     def predict(self, X):
         guess = predict(self.model_, as_images(X))[0]
         return guess if isinstance(X, Images) else self.classes_[guess]
+
     def score(self, X, y=None):
-        if isinstance(X, Images): return evaluate(self.model_, X).accuracy
+        if isinstance(X, Images):
+            return evaluate(self.model_, X).accuracy
         return float((self.predict(X) == np.asarray(y)).mean())
 
 # %% ../nbs/14_application.ipynb #8974bd24
 def default_recipe(
-    arch:str, # 32-pixel nets are trained harder than ImageNet's
-    n:int, # training images
-    characters:bool=False, # digits and glyphs must not be mirrored
+    arch: str,  # 32-pixel nets are trained harder than ImageNet's
+    n: int,  # training images
+    characters: bool = False,  # digits and glyphs must not be mirrored
 ) -> Recipe:
     "A recipe that works without tuning; the lesson on weight tuning says why each choice."
     small = arch in SMALL
     batch = 128 if n >= 20_000 else 64 if n >= 2_000 else 32
     # A few epochs over many images do not learn them by heart: there the crop costs more than it gives.
-    augment = "affine" if characters else "resized-crop-flip" if not small else "flip" if n >= 20_000 else "crop-flip"
-    if small: return Recipe(epochs=3 if n >= 20_000 else 15, batch_size=batch, lr=.05*batch/128, augment=augment)
-    return Recipe(epochs=8, batch_size=32, lr=.02, body_lr=.1, augment=augment, weight_decay=1e-4)
+    augment = (
+        "affine"
+        if characters
+        else "resized-crop-flip"
+        if not small
+        else "flip"
+        if n >= 20_000
+        else "crop-flip"
+    )
+    if small:
+        return Recipe(
+            epochs=3 if n >= 20_000 else 15,
+            batch_size=batch,
+            lr=0.05 * batch / 128,
+            augment=augment,
+        )
+    return Recipe(epochs=8, batch_size=32, lr=0.02, body_lr=0.1, augment=augment, weight_decay=1e-4)
 
 # %% ../nbs/14_application.ipynb #3ee3e1ff
 def fine_tune(
-    data, # anything that `load_images` takes
-    folder, # gets the run, the evaluation, the ledger, report.html and card.md
-    arch:str="resnet20", weights="shipped", recipe=None, # a Recipe; None or a dict: `default_recipe` with these fields changed
-    root=None, limit:int=None, seed:int=0, batchnorm:str="frozen-with-layer",
-    resume:bool=True, device="auto", workers:int=2, progress:bool=True,
-) -> dict: # {"run", "evaluation", "before", "ledger", "report"}
+    data,  # anything that `load_images` takes
+    folder,  # gets the run, the evaluation, the ledger, report.html and card.md
+    arch: str = "resnet20",
+    weights="shipped",
+    recipe=None,  # a Recipe; None or a dict: `default_recipe` with these fields changed
+    root=None,
+    limit: int = None,
+    seed: int = 0,
+    batchnorm: str = "frozen-with-layer",
+    resume: bool = True,
+    device="auto",
+    workers: int = 2,
+    progress: bool = True,
+) -> dict:  # {"run", "evaluation", "before", "ledger", "report"}
     "The whole road for one data set: index, split, load, train, evaluate, report."
     folder = Path(folder)
     images = load_images(data, root=root, limit=limit, seed=seed)
@@ -155,27 +252,75 @@ def fine_tune(
     torch.manual_seed(seed)
     model = load_resnet(arch, weights, len(images.classes), batchnorm)
     if not isinstance(recipe, Recipe):
-        recipe = default_recipe(arch, len(train), data in ("digits", "glyphs")).replace(seed=seed, **(recipe or {}))
-    if recipe.size: model.info["size"] = recipe.size
+        recipe = default_recipe(arch, len(train), data in ("digits", "glyphs")).replace(
+            seed=seed, **(recipe or {})
+        )
+    if recipe.size:
+        model.info["size"] = recipe.size
     fits = weights is not None and all(row[3] != "new head" for row in model.loading)
     before = evaluate(model, test, device=device, workers=workers) if fits else None
-    run = fit(model, train, valid, recipe, folder, resume, device=device, workers=workers, progress=progress)
+    run = fit(
+        model,
+        train,
+        valid,
+        recipe,
+        folder,
+        resume,
+        device=device,
+        workers=workers,
+        progress=progress,
+    )
     evaluation = evaluate(model, test, device=device, workers=workers)
-    evaluation.save(folder/"evaluation.npz")
+    evaluation.save(folder / "evaluation.npz")
     parts = (("train", train), ("valid", valid), ("test", test))
     rows = (f'"{key}",{name}\n' for name, part in parts for key in part.column("key"))
-    write_atomic(folder/"split.csv", "key,split\n" + "".join(rows))
+    write_atomic(folder / "split.csv", "key,split\n" + "".join(rows))
     ledger = Ledger()
-    if before is not None: ledger.add("as it comes", before, seed=seed)
-    ledger.add(f"{recipe.strategy} {recipe.epochs} epochs", evaluation, seed=seed, recipe=recipe.as_dict(), recipe_hash=recipe.hash, data=images.fingerprint(),
-               seconds=sum(row["seconds"] for row in run.history), **count_cost(model))
-    ledger.save(folder/"ledger.json", data=str(data) if data in ("digits", "glyphs") else Path(str(data)).name,
-                device=str(run.meta["device"]))
+    if before is not None:
+        ledger.add("as it comes", before, seed=seed)
+    ledger.add(
+        f"{recipe.strategy} {recipe.epochs} epochs",
+        evaluation,
+        seed=seed,
+        recipe=recipe.as_dict(),
+        recipe_hash=recipe.hash,
+        data=images.fingerprint(),
+        seconds=sum(row["seconds"] for row in run.history),
+        **count_cost(model),
+    )
+    ledger.save(
+        folder / "ledger.json",
+        data=str(data) if data in ("digits", "glyphs") else Path(str(data)).name,
+        device=str(run.meta["device"]),
+    )
     title = f"{arch} on {Path(str(data)).name}"
-    table = [("Ledger", ("stage", "accuracy", "95% interval", "n"),
-              [(r["stage"], f"{r['accuracy'][0]:.4f}", f"[{r['accuracy'][1]:.4f}, {r['accuracy'][2]:.4f}]", r["n"])
-              for r in ledger.rows])]
-    write_card(folder/"card.md", folder/"model.safetensors", run, evaluation,
-               f"{Path(str(data)).name}, {len(train):,} training images")
-    report = write_report(folder/"report.html", title, run, evaluation, test, train, table)
-    return {"run": run, "evaluation": evaluation, "before": before, "ledger": ledger, "report": report}
+    table = [
+        (
+            "Ledger",
+            ("stage", "accuracy", "95% interval", "n"),
+            [
+                (
+                    r["stage"],
+                    f"{r['accuracy'][0]:.4f}",
+                    f"[{r['accuracy'][1]:.4f}, {r['accuracy'][2]:.4f}]",
+                    r["n"],
+                )
+                for r in ledger.rows
+            ],
+        )
+    ]
+    write_card(
+        folder / "card.md",
+        folder / "model.safetensors",
+        run,
+        evaluation,
+        f"{Path(str(data)).name}, {len(train):,} training images",
+    )
+    report = write_report(folder / "report.html", title, run, evaluation, test, train, table)
+    return {
+        "run": run,
+        "evaluation": evaluation,
+        "before": before,
+        "ledger": ledger,
+        "report": report,
+    }

@@ -7,7 +7,15 @@ __all__ = ['FinetuneError', 'versions', 'pick_device', 'cache_folder', 'shipped_
            'fingerprint', 'mix64', 'keyed_uniform', 'doctor', 'notebook_hash']
 
 # %% ../nbs/03_environment.ipynb #c2be3186
-import hashlib, importlib.metadata, importlib.util, json, os, platform, shutil, sys, tempfile
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,57 +26,81 @@ class FinetuneError(ValueError):
     "An error that the caller can mend; the message says what is wrong, where, and what to do."
 
 # %% ../nbs/03_environment.ipynb #22c96d70
-def versions() -> dict: # name → version, of what can change a result
+def versions() -> dict:  # name → version, of what can change a result
     "The versions of Python, this package and the libraries that take part in a result."
-    names = ("finetune_nb", "torch", "torchvision", "numpy", "pyarrow", "scikit-learn", "pillow", "safetensors")
+    names = (
+        "finetune_nb",
+        "torch",
+        "torchvision",
+        "numpy",
+        "pyarrow",
+        "scikit-learn",
+        "pillow",
+        "safetensors",
+    )
     found = {"python": platform.python_version()}
     for name in names:
-        try: found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: found[name] = None
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
     return found
 
 # %% ../nbs/03_environment.ipynb #9060aad5
 def pick_device(
-    name:str="auto", # "auto", or any name that torch knows: "cpu", "cuda", "cuda:1", "mps"
+    name: str = "auto",  # "auto", or any name that torch knows: "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     "The device to compute on. Raises `FinetuneError` if the one asked for is not there."
     if name == "auto":
-        if torch.cuda.is_available(): return torch.device("cuda")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise FinetuneError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
-                            "use device='auto' or device='cpu'") from error
+        raise FinetuneError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
+            "use device='auto' or device='cpu'"
+        ) from error
     return device
 
 # %% ../nbs/03_environment.ipynb #696f52b0
 def cache_folder() -> Path:
     "Where indexes, downloads and rendered data are kept: `FINETUNE_NB_CACHE`, else the user's cache folder."
     given = os.environ.get("FINETUNE_NB_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home()/".cache"))/"finetune_nb"
-    try: base.mkdir(parents=True, exist_ok=True)
+    base = (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune_nb"
+    )
+    try:
+        base.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FinetuneError(f"the cache folder {base} cannot be made ({error.strerror}): set the environment "
-                            "variable FINETUNE_NB_CACHE to a folder that can be written") from error
+        raise FinetuneError(
+            f"the cache folder {base} cannot be made ({error.strerror}): set the environment "
+            "variable FINETUNE_NB_CACHE to a folder that can be written"
+        ) from error
     return base
 
 # %% ../nbs/03_environment.ipynb #6f5ac673
 def shipped_file(
-    name:str, # a file of the repository's folder data/
+    name: str,  # a file of the repository's folder data/
 ) -> Path:
     "The path of a file that ships with the project, from a checkout or from an installed wheel."
     checkout = Path(importlib.util.find_spec("finetune_nb").origin).resolve().parent.parent
-    for base in (checkout/"data", Path(sys.prefix)/"share"/"finetune_nb"):
-        if (base/name).is_file(): return base/name
-    raise FinetuneError(f"{name} does not lie in the project's data/ folder: reinstall the package, "
-                        "or rebuild the checkpoint with `finetune-nb pretrain`")
+    for base in (checkout / "data", Path(sys.prefix) / "share" / "finetune_nb"):
+        if (base / name).is_file():
+            return base / name
+    raise FinetuneError(
+        f"{name} does not lie in the project's data/ folder: reinstall the package, "
+        "or rebuild the checkpoint with `finetune-nb pretrain`"
+    )
 
 # %% ../nbs/03_environment.ipynb #3af2700f
 def write_atomic(
-    path, # where the file shall lie in the end
-    write, # bytes, str, or a function that takes a temporary path and writes the file there
+    path,  # where the file shall lie in the end
+    write,  # bytes, str, or a function that takes a temporary path and writes the file there
 ) -> Path:
     "Write a file whole or not at all: to a temporary name beside it, flushed to disk, then renamed."
     path = Path(path)
@@ -77,93 +109,142 @@ def write_atomic(
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        if callable(write): write(temporary)
-        else: Path(temporary).write_bytes(write.encode() if isinstance(write, str) else write)
-        with open(temporary, "rb+") as file: os.fsync(file.fileno())
+        if callable(write):
+            write(temporary)
+        else:
+            Path(temporary).write_bytes(write.encode() if isinstance(write, str) else write)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except Exception as error:
-        if temporary and os.path.exists(temporary): os.unlink(temporary)
-        if isinstance(error, FinetuneError): raise
-        if not (isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error)): raise
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, FinetuneError):
+            raise
+        if not (
+            isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error)
+        ):
+            raise
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        raise FinetuneError(f"{path} could not be written ({error}; {free/1e6:.0f} MB free there): make room or choose "
-                            "another folder, then run the same command again; what was there before is unchanged") from error
+        raise FinetuneError(
+            f"{path} could not be written ({error}; {free / 1e6:.0f} MB free there): make room or choose "
+            "another folder, then run the same command again; what was there before is unchanged"
+        ) from error
     return path
 
 # %% ../nbs/03_environment.ipynb #5eb4c4c1
 def sha256_file(
-    path, # any file
+    path,  # any file
 ) -> str:
     "The SHA-256 of a file's bytes, in hexadecimal."
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 # %% ../nbs/03_environment.ipynb #a6c79197
 def fingerprint(
-    *parts, # bytes, arrays, strings, or anything that JSON can say
+    *parts,  # bytes, arrays, strings, or anything that JSON can say
 ) -> str:
     "A short hash (16 hexadecimal digits) that tells two inputs apart; equal inputs have equal fingerprints."
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
             data = f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
-        elif isinstance(part, bytes): data = part
-        else: data = json.dumps(part, sort_keys=True, default=str, ensure_ascii=False).encode()
+        elif isinstance(part, bytes):
+            data = part
+        else:
+            data = json.dumps(part, sort_keys=True, default=str, ensure_ascii=False).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:16]
 
 # %% ../nbs/03_environment.ipynb #54c19fa3
 def mix64(
-    x:np.ndarray, # uint64 [...]
-) -> np.ndarray: # uint64 [...]
+    x: np.ndarray,  # uint64 [...]
+) -> np.ndarray:  # uint64 [...]
     "A bijective scrambling of 64-bit integers: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
 
 
 def keyed_uniform(
-    seed:int, # the run's seed
-    epoch:int, # counted from 0
-    samples, # int [B]: the samples' own numbers in the data set
-    k:int, # how many numbers each sample needs
-) -> np.ndarray: # float64 [B, k] in [0, 1)
+    seed: int,  # the run's seed
+    epoch: int,  # counted from 0
+    samples,  # int [B]: the samples' own numbers in the data set
+    k: int,  # how many numbers each sample needs
+) -> np.ndarray:  # float64 [B, k] in [0, 1)
     "Random numbers as a pure function of (seed, epoch, sample, column): no state, so nothing to lose at a restart."
     samples = np.asarray(samples).astype(np.uint64)
     key = mix64(np.uint64(epoch) ^ mix64(np.uint64(seed % 2**64)))
-    lanes = mix64(mix64(samples ^ key)[:, None] ^ mix64(np.arange(k, dtype=np.uint64) + np.uint64(1) << np.uint64(20)))
-    return (lanes >> np.uint64(11)).astype(np.float64)/2.0**53
+    lanes = mix64(
+        mix64(samples ^ key)[:, None]
+        ^ mix64(np.arange(k, dtype=np.uint64) + np.uint64(1) << np.uint64(20))
+    )
+    return (lanes >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 # %% ../nbs/03_environment.ipynb #ee4fe712
-def doctor() -> list: # (check, result, what to do) rows; the third is empty where all is well
+def doctor() -> list:  # (check, result, what to do) rows; the third is empty where all is well
     """What this machine has, and what would stop a run: versions, device, threads, memory, disk, data, shipped
     checkpoint."""
-    rows = [(name, version or "not installed", "" if version else f"pip install {name}")
-            for name, version in versions().items()]
+    rows = [
+        (name, version or "not installed", "" if version else f"pip install {name}")
+        for name, version in versions().items()
+    ]
     rows.append(("device", str(pick_device()), ""))
     rows.append(("threads", str(torch.get_num_threads()), ""))
     free = shutil.disk_usage(cache_folder()).free
-    rows.append(("cache folder", f"{cache_folder()} ({free/1e9:.1f} GB free)", "" if free > 2e9
-                 else "make room, or set FINETUNE_NB_CACHE"))
+    rows.append(
+        (
+            "cache folder",
+            f"{cache_folder()} ({free / 1e9:.1f} GB free)",
+            "" if free > 2e9 else "make room, or set FINETUNE_NB_CACHE",
+        )
+    )
     data = os.environ.get("FINETUNE_NB_DATA")
-    rows.append(("FINETUNE_NB_DATA", data or "not set", "" if data is None or Path(data).is_dir()
-                 else "set it to a folder that exists"))
-    try: rows.append(("shipped checkpoint", str(shipped_file("pretrained_resnet_model.pth")), ""))
-    except FinetuneError as error: rows.append(("shipped checkpoint", "missing", str(error)))
+    rows.append(
+        (
+            "FINETUNE_NB_DATA",
+            data or "not set",
+            "" if data is None or Path(data).is_dir() else "set it to a folder that exists",
+        )
+    )
+    try:
+        rows.append(("shipped checkpoint", str(shipped_file("pretrained_resnet_model.pth")), ""))
+    except FinetuneError as error:
+        rows.append(("shipped checkpoint", "missing", str(error)))
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        rows.append(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "set",
-                     "unset it: other programs will run the code inside checkpoints"))
+        rows.append(
+            (
+                "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
+                "set",
+                "unset it: other programs will run the code inside checkpoints",
+            )
+        )
     return rows
 
 # %% ../nbs/03_environment.ipynb #4ac08407
 def notebook_hash(
-    path, # an .ipynb, or one already parsed
-) -> str: # 16 hexadecimal digits
+    path,  # an .ipynb, or one already parsed
+) -> str:  # 16 hexadecimal digits
     "The hash of a notebook's code: its code cells without outputs and without the injected parameters."
-    cells = (path if isinstance(path, dict) else json.loads(Path(path).read_text(encoding="utf-8")))["cells"]
-    tags = lambda cell: cell["metadata"].get("tags", [])
-    return fingerprint(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
-                        and not {"parameters", "injected-parameters"} & set(tags(cell))])
+    cells = (
+        path if isinstance(path, dict) else json.loads(Path(path).read_text(encoding="utf-8"))
+    )["cells"]
+
+    def tags(cell):
+        return cell["metadata"].get("tags", [])
+
+    return fingerprint(
+        [
+            "".join(cell["source"])
+            for cell in cells
+            if cell["cell_type"] == "code"
+            and not {"parameters", "injected-parameters"} & set(tags(cell))
+        ]
+    )

@@ -6,100 +6,163 @@
 __all__ = ['LRFinder', 'find_lr', 'blend', 'greedy_soup']
 
 # %% ../nbs/10_weight_tuning.ipynb #fc85e99d
-import copy, itertools, math
+import copy
+import itertools
+import math
 
 import numpy as np
 import torch
 
-from .engine import Loop, apply_strategy, recalibrate
+from .training.loop import Loop, apply_strategy, recalibrate
 from .environment import FinetuneError, pick_device
-from .evaluation import evaluate
-from .index import Images
-from .training import Recipe
+from .evaluation.metrics import evaluate
+from .data.index import Images
+from .training.run import Recipe
 
 # %% ../nbs/10_weight_tuning.ipynb #b7cfa2b7
 class LRFinder:
     "Rates and losses of a range test, and what they suggest."
+
     def __init__(self, rates, losses):
         self.rates, self.losses = np.asarray(rates), np.asarray(losses)
-        weight = .8**np.abs(np.subtract.outer(np.arange(len(losses)), np.arange(len(losses))))  # both sides: no lag
-        self.smooth = weight @ self.losses/weight.sum(1)
+        weight = 0.8 ** np.abs(
+            np.subtract.outer(np.arange(len(losses)), np.arange(len(losses)))
+        )  # both sides: no lag
+        self.smooth = weight @ self.losses / weight.sum(1)
         self.lowest = float(self.rates[self.smooth.argmin()])
-        self.suggestion = self.lowest/10
+        self.suggestion = self.lowest / 10
         self.reason = f"the smoothed loss is lowest at {self.lowest:.2g}, where the next steps already overshoot: take a tenth, {self.suggestion:.2g}"
-    def __repr__(self): return self.reason
-    def plot(self): # → figure
+
+    def __repr__(self):
+        return self.reason
+
+    def plot(self):  # → figure
         import matplotlib.pyplot as plt
+
         figure, axis = plt.subplots(figsize=(7, 2.4))
-        axis.plot(self.rates, self.losses, color="#cccccc"); axis.plot(self.rates, self.smooth, label="smoothed")
-        axis.axvline(self.suggestion, ls="--", color="#d55e00", label=f"suggested: {self.suggestion:.2g}")
-        axis.set_xscale("log"); axis.set_ylim(0, 2*self.losses[0]); axis.set_xlabel("learning rate"); axis.set_ylabel("cross-entropy (nats)")
-        axis.legend(frameon=False); figure.tight_layout()
+        axis.plot(self.rates, self.losses, color="#cccccc")
+        axis.plot(self.rates, self.smooth, label="smoothed")
+        axis.axvline(
+            self.suggestion, ls="--", color="#d55e00", label=f"suggested: {self.suggestion:.2g}"
+        )
+        axis.set_xscale("log")
+        axis.set_ylim(0, 2 * self.losses[0])
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel("cross-entropy (nats)")
+        axis.legend(frameon=False)
+        figure.tight_layout()
         return figure
 
 # %% ../nbs/10_weight_tuning.ipynb #49d6830c
 def find_lr(
-    model, # from `load_resnet`; left exactly as it was
-    images:Images, # labelled training images
-    recipe:Recipe=Recipe(), # all but its rate and schedule is used
-    low:float=1e-4, high:float=10., steps:int=80, # the rate grows by equal factors
+    model,  # from `load_resnet`; left exactly as it was
+    images: Images,  # labelled training images
+    recipe: Recipe = Recipe(),  # all but its rate and schedule is used
+    low: float = 1e-4,
+    high: float = 10.0,
+    steps: int = 80,  # the rate grows by equal factors
     device="auto",
 ) -> LRFinder:
     "Train for a few steps while the rate grows, write down the loss, and put everything back (Smith 2017). It ends early where the loss explodes."
-    if not 0 < low < high or steps < 10: raise FinetuneError(f"find_lr(low={low}, high={high}, steps={steps}): give 0 < low < high and 10 steps or more")
+    if not 0 < low < high or steps < 10:
+        raise FinetuneError(
+            f"find_lr(low={low}, high={high}, steps={steps}): give 0 < low < high and 10 steps or more"
+        )
     device = pick_device(device) if isinstance(device, str) else device
-    kept, was, asked = copy.deepcopy(model.state_dict()), model.training, [p.requires_grad for p in model.parameters()]
+    kept, was, asked = (
+        copy.deepcopy(model.state_dict()),
+        model.training,
+        [p.requires_grad for p in model.parameters()],
+    )
     info, generator = copy.deepcopy(model.info), torch.get_rng_state()
     rates, losses = np.geomspace(low, high, steps), []
-    loop = Loop(model.to(device), images, None, recipe.replace(schedule="constant", warmup=0., ramp=0.), None, device, 2, False)
+    loop = Loop(
+        model.to(device),
+        images,
+        None,
+        recipe.replace(schedule="constant", warmup=0.0, ramp=0.0),
+        None,
+        device,
+        2,
+        False,
+    )
     scales = apply_strategy(model, recipe, recipe.epochs - 1, loop.at["notes"])
     try:
-        endless = itertools.chain.from_iterable(loop._loader(epoch, 0) for epoch in itertools.count())
+        endless = itertools.chain.from_iterable(
+            loop._loader(epoch, 0) for epoch in itertools.count()
+        )
         for rate, batch in zip(rates, endless):
             loop.recipe, before = loop.recipe.replace(lr=float(rate)), loop.at["sums"][0]
             loop.step(batch, scales)
-            losses.append((loop.at["sums"][0] - before)/len(batch.labels))
-            if losses[-1] > 4*losses[0]: break
+            losses.append((loop.at["sums"][0] - before) / len(batch.labels))
+            if losses[-1] > 4 * losses[0]:
+                break
     except FinetuneError as error:
-        if "the loss became" not in str(error) or len(losses) < 5: raise
+        if "the loss became" not in str(error) or len(losses) < 5:
+            raise
     finally:
-        if loop.strategy.restore: loop.strategy.restore(model)
+        if loop.strategy.restore:
+            loop.strategy.restore(model)
         model.load_state_dict(kept)
         model.info = info
-        for p, learns in zip(model.parameters(), asked): p.requires_grad_(learns); p.grad = None
-        model.train(was); torch.set_rng_state(generator)
-    return LRFinder(rates[:len(losses)], losses)
+        for p, learns in zip(model.parameters(), asked):
+            p.requires_grad_(learns)
+            p.grad = None
+        model.train(was)
+        torch.set_rng_state(generator)
+    return LRFinder(rates[: len(losses)], losses)
 
 # %% ../nbs/10_weight_tuning.ipynb #6e3ea875
 def blend(
-    models, # of one architecture
-    shares, # as many numbers as models, with the sum 1
-    images:Images=None, # re-estimate BatchNorm on these training images: statistics of an average are not the average of statistics
+    models,  # of one architecture
+    shares,  # as many numbers as models, with the sum 1
+    images: Images = None,  # re-estimate BatchNorm on these training images: statistics of an average are not the average of statistics
 ):
     "A net whose weights are a weighted mean of several nets' weights, in eval mode. Raises `FinetuneError` where they do not fit."
     models, shares = list(models), [float(s) for s in shares]
-    if len(models) != len(shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6): raise FinetuneError(f"{len(models)} models and shares {shares}: give one share a model, with the sum 1")
+    if len(models) != len(shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise FinetuneError(
+            f"{len(models)} models and shares {shares}: give one share a model, with the sum 1"
+        )
     states = [model.state_dict() for model in models]
     for state in states[1:]:
-        differ = [name for name in states[0].keys() | state.keys() if name not in state or name not in states[0] or state[name].shape != states[0][name].shape]
-        if differ: raise FinetuneError(f"these nets cannot be blended: {len(differ)} tensors differ, such as {sorted(differ)[0]}")
+        differ = [
+            name
+            for name in states[0].keys() | state.keys()
+            if name not in state
+            or name not in states[0]
+            or state[name].shape != states[0][name].shape
+        ]
+        if differ:
+            raise FinetuneError(
+                f"these nets cannot be blended: {len(differ)} tensors differ, such as {sorted(differ)[0]}"
+            )
     out = copy.deepcopy(models[0])
-    mixed = {name: sum(s*state[name] for s, state in zip(shares, states)) if value.is_floating_point() else states[-1][name] for name, value in states[0].items()}
+    mixed = {
+        name: sum(s * state[name] for s, state in zip(shares, states))
+        if value.is_floating_point()
+        else states[-1][name]
+        for name, value in states[0].items()
+    }
     out.load_state_dict(mixed)
     return recalibrate(out, images) if images is not None else out.eval()
 
 
 def greedy_soup(
-    models, # fine-tuned from one start
-    valid:Images, # decide with these who gets in
-    images:Images=None, # see `blend`
-) -> tuple: # (net, places of the models that are in it)
+    models,  # fine-tuned from one start
+    valid: Images,  # decide with these who gets in
+    images: Images = None,  # see `blend`
+) -> tuple:  # (net, places of the models that are in it)
     "Add models to an average in order of validation accuracy, and keep each that does not make it worse (Wortsman et al. 2022)."
-    if not len(models): raise FinetuneError("there are no models to average")
+    if not len(models):
+        raise FinetuneError("there are no models to average")
     single = [evaluate(model, valid).accuracy for model in models]
     order = sorted(range(len(models)), key=lambda i: -single[i])
     inside, best, soup = [order[0]], single[order[0]], copy.deepcopy(models[order[0]])
     for i in order[1:]:
-        tried = blend([models[j] for j in (*inside, i)], [1/(len(inside) + 1)]*(len(inside) + 1), images)
-        if (value := evaluate(tried, valid).accuracy) >= best: inside, best, soup = [*inside, i], value, tried
+        tried = blend(
+            [models[j] for j in (*inside, i)], [1 / (len(inside) + 1)] * (len(inside) + 1), images
+        )
+        if (value := evaluate(tried, valid).accuracy) >= best:
+            inside, best, soup = [*inside, i], value, tried
     return soup, inside

@@ -30,7 +30,9 @@ def make_photos(folder, classes=3, each=14, seed=0, split=False):
             width, height = int(rng.integers(40, 120)), int(rng.integers(40, 120))
             x = np.arange(width)[None, :, None] + np.zeros((height, 1, 1))
             stripes = 127 + 100 * np.sin(x / (2 + 3 * c)) * np.roll([1, 0.3, 0.1], c)
-            pixels = np.clip(stripes + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(stripes + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(
+                np.uint8
+            )
             part = ("train", "train", "train", "test")[i % 4] + "/" if split else ""
             path = Path(folder) / f"{part}class{c}" / f"{i:03d}.{('jpg', 'png')[i % 2]}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,5 +50,7 @@ def real_data():
     return Path(folder) if folder and Path(folder).is_dir() else None
 
 
-needs_real_data = pytest.mark.skipif(real_data() is None, reason="FINETUNE_NB_DATA does not point to a folder of real data sets")
+needs_real_data = pytest.mark.skipif(
+    real_data() is None, reason="FINETUNE_NB_DATA does not point to a folder of real data sets"
+)
 sys.path.insert(0, str(ROOT / "tests"))

@@ -2,6 +2,7 @@
 
 Prints {NAME: [digest of the whole, digest of the killed, kills]}. The runs are forks of this process, so that torch is imported once.
 """
+
 import hashlib
 import json
 import os
@@ -12,9 +13,9 @@ import time
 import torch
 
 torch.set_num_threads(1)  # before anything else: a fork inherits no threads
-from finetune_nb import engine  # noqa: E402
+from finetune_nb.training import loop as engine  # noqa: E402
 from finetune_nb.data import load_images  # noqa: E402
-from finetune_nb.edits import replace_activation  # noqa: E402
+from finetune_nb.models.edits import replace_activation  # noqa: E402
 from finetune_nb.models import load_model, load_resnet  # noqa: E402
 from finetune_nb.training import Recipe, fit  # noqa: E402
 
@@ -27,7 +28,11 @@ def train(folder, recipe, steps=None):
     activation = recipe.pop("activation", None)
     if steps:
         step = engine.Loop.step
-        engine.Loop.step = lambda self, *args: (step(self, *args), os.write(steps, bytes([self.at["step"]])), time.sleep(.02))
+        engine.Loop.step = lambda self, *args: (
+            step(self, *args),
+            os.write(steps, bytes([self.at["step"]])),
+            time.sleep(0.02),
+        )
     torch.manual_seed(0)
     model = load_resnet("resnet20", "shipped", 10)
     if activation:
@@ -60,7 +65,9 @@ def child(folder, recipe, kill_after=None):
 
 
 def digest(folder):
-    return hashlib.sha256(b"".join(v.contiguous().numpy().tobytes() for v in load_model(folder).state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(v.contiguous().numpy().tobytes() for v in load_model(folder).state_dict().values())
+    ).hexdigest()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ activation   another activation function in the net that was trained on CIFAR-10
 Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets the same pictures and steps, and one of the same
 rates, chosen on validation pictures with a seed of its own.
 """
+
 import copy
 import os
 import sys
@@ -23,21 +24,31 @@ from PIL import Image, ImageFilter
 from scipy.stats import t as student
 
 from finetune_nb.data import load_images
-from finetune_nb.edits import replace_activation
-from finetune_nb.engine import recalibrate
+from finetune_nb.models.edits import replace_activation
+from finetune_nb.training.loop import recalibrate
 from finetune_nb.environment import notebook_hash
 from finetune_nb.evaluation import Ledger, evaluate
-from finetune_nb.index import from_arrays
+from finetune_nb.data.index import from_arrays
 from finetune_nb.models import load_resnet
-from finetune_nb.strategies import layer_groups
+from finetune_nb.training.strategies import layer_groups
 from finetune_nb.training import Recipe, fit
 
 REAL = Path(os.environ["FINETUNE_NB_DATA"])
 OUT = ROOT / "data/results/10_weight_tuning"
 SOURCE = notebook_hash(NBS / "10_weight_tuning.ipynb")  # as it is when the work begins
 ledger = Ledger()
-WAYS = {"full": {}, "head": dict(strategy="head"), "lp-ft": dict(strategy="lp-ft"), "gradual": dict(strategy="gradual"), "discriminative": dict(strategy="discriminative"),
-        "auto-rgn": dict(strategy="auto-rgn"), "surgical": dict(strategy="surgical"), "norm-only": dict(strategy="norm-only"), "lora": dict(strategy="lora"), "l2-sp": dict(strategy="l2-sp", pull=.1)}
+WAYS = {
+    "full": {},
+    "head": dict(strategy="head"),
+    "lp-ft": dict(strategy="lp-ft"),
+    "gradual": dict(strategy="gradual"),
+    "discriminative": dict(strategy="discriminative"),
+    "auto-rgn": dict(strategy="auto-rgn"),
+    "surgical": dict(strategy="surgical"),
+    "norm-only": dict(strategy="norm-only"),
+    "lora": dict(strategy="lora"),
+    "l2-sp": dict(strategy="l2-sp", pull=0.1),
+}
 
 
 def say(stage, text, **figures):
@@ -48,7 +59,9 @@ def say(stage, text, **figures):
 def pixels_of(images, size):
     """uint8 [N, S, S, 3] and labels."""
     batches = list(images.loader(batch_size=500, size=size))
-    return torch.cat([b.pixels for b in batches]).permute(0, 2, 3, 1).contiguous().numpy(), torch.cat([b.labels for b in batches]).numpy()
+    return torch.cat([b.pixels for b in batches]).permute(
+        0, 2, 3, 1
+    ).contiguous().numpy(), torch.cat([b.labels for b in batches]).numpy()
 
 
 def noise(x, sigma=20):
@@ -56,12 +69,17 @@ def noise(x, sigma=20):
 
 
 def blur(x):
-    return np.stack([np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(x.shape[1] / 32))) for one in x])
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(x.shape[1] / 32)))
+            for one in x
+        ]
+    )
 
 
 def contrast(x):
     mean = x.mean((1, 2), keepdims=True)
-    return (mean + .3 * (x - mean)).astype(np.uint8)
+    return (mean + 0.3 * (x - mean)).astype(np.uint8)
 
 
 def same(x):
@@ -69,8 +87,12 @@ def same(x):
 
 
 def interval(gain):
-    half = student.ppf(.975, len(gain) - 1) * gain.std(ddof=1) / len(gain)**.5
-    return f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]", gain.mean() - half, gain.mean() + half
+    half = student.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
+    return (
+        f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]",
+        gain.mean() - half,
+        gain.mean() + half,
+    )
 
 
 def verdict(low, high):
@@ -86,7 +108,9 @@ def tuned(start, part, shots, recipe, seed):
 def all_classes(*parts):
     """Every part must hold every class: a cut through rows that lie class by class would not."""
     for part in parts:
-        assert len(np.unique(part.labels)) == len(part.classes), f"only {len(np.unique(part.labels))} of {len(part.classes)} classes"
+        assert len(np.unique(part.labels)) == len(part.classes), (
+            f"only {len(np.unique(part.labels))} of {len(part.classes)} classes"
+        )
 
 
 def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
@@ -94,23 +118,47 @@ def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
     all_classes(pool, valid, *tests.values())
     found, chosen = {}, {}
     for way, options in ways.items():
-        rate = min(rates, key=lambda lr: evaluate(tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000), valid, size=recipe.size).nll)
+        rate = min(
+            rates,
+            key=lambda lr: (
+                evaluate(
+                    tuned(start, pool, shots, recipe.replace(lr=lr, **options), 1000),
+                    valid,
+                    size=recipe.size,
+                ).nll
+            ),
+        )
         for seed in range(seeds):
             model = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
-            found.setdefault(way, []).append([evaluate(model, test, size=recipe.size).accuracy for test in tests.values()])
+            found.setdefault(way, []).append(
+                [evaluate(model, test, size=recipe.size).accuracy for test in tests.values()]
+            )
         chosen[way] = rate
         print(f"  {name}: {way}, rate {rate}: {np.mean(found[way], 0)}", flush=True)
     for column, test in enumerate(tests):
         values = {way: np.array(rows)[:, column] for way, rows in found.items()}
         for way, row in values.items():
             text, low, high = interval(row - values["full"])
-            say(f"{name}, {test}, {way}", f"{name}, {test:24} {way:14} {row.mean():.3f}   against full {text} {verdict(low, high) if way != 'full' else ''}",
-                n=len(tests[test]), values=row.tolist(), rate=chosen[way])
+            say(
+                f"{name}, {test}, {way}",
+                f"{name}, {test:24} {way:14} {row.mean():.3f}   against full {text} {verdict(low, high) if way != 'full' else ''}",
+                n=len(tests[test]),
+                values=row.tolist(),
+                rate=chosen[way],
+            )
     return {way: np.array(rows) for way, rows in found.items()}
 
 
-def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low contrast", "labels reversed"), ways=WAYS, rates=(.002, .01, .05)):
+def near(
+    shots=20,
+    epochs=6,
+    seeds=4,
+    shifts=("JPEG", "noise", "blur", "low contrast", "labels reversed"),
+    ways=WAYS,
+    rates=(0.002, 0.01, 0.05),
+):
     """Pictures come from the test split: the net has seen the originals of the training split."""
+
     def start(seed):
         return copy.deepcopy(source)
 
@@ -121,95 +169,239 @@ def near(shots=20, epochs=6, seeds=4, shifts=("JPEG", "noise", "blur", "low cont
     cut = {"test": order[:2000], "valid": order[2000:2500], "pool": order[2500:]}
     change = {"noise": noise, "blur": blur, "low contrast": contrast}
     groups = [g for g in layer_groups(source) if g != "fc"]
-    ways = ways | {f"only {g}": dict(strategy="surgical", layers=(g,), head_lr=0.) for g in groups}
+    ways = ways | {f"only {g}": dict(strategy="surgical", layers=(g,), head_lr=0.0) for g in groups}
     recipe = Recipe(epochs=epochs, batch_size=32, size=32)
     for shift in shifts:
         moved = change.get(shift, same)(x)
         labels = 9 - y if shift == "labels reversed" else y
-        parts = {name: from_arrays(moved[at], labels[at], images.classes) for name, at in cut.items()}
-        say(f"{shift}, as it comes", f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; {shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test images", n=len(cut["test"]))
-        race(shift, start, parts["pool"], parts["valid"], {"test": parts["test"]}, shots, recipe, ways, rates, seeds)
-    return {"data": f"cifar10 near, {shots} labels a class", "arch": "resnet20", "size": 32, "fingerprint": images.fingerprint()}
+        parts = {
+            name: from_arrays(moved[at], labels[at], images.classes) for name, at in cut.items()
+        }
+        say(
+            f"{shift}, as it comes",
+            f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; {shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test images",
+            n=len(cut["test"]),
+        )
+        race(
+            shift,
+            start,
+            parts["pool"],
+            parts["valid"],
+            {"test": parts["test"]},
+            shots,
+            recipe,
+            ways,
+            rates,
+            seeds,
+        )
+    return {
+        "data": f"cifar10 near, {shots} labels a class",
+        "arch": "resnet20",
+        "size": 32,
+        "fingerprint": images.fingerprint(),
+    }
 
 
 def many():
     few = {way: WAYS[way] for way in ("full", "head", "auto-rgn", "norm-only", "lora")}
-    return near(100, 4, 3, ("noise", "labels reversed"), few, (.005, .03))
+    return near(100, 4, 3, ("noise", "labels reversed"), few, (0.005, 0.03))
 
 
 def imagenet(classes):
     def start(seed):
         torch.manual_seed(seed)
         return load_resnet("resnet18", REAL / "weights/resnet18_imagenet.pth", classes)
+
     return start
 
 
 def cifar(size, n_test=1000):
     """Pool, validation and test pictures of CIFAR-10 (JPEG) at a size, and corrupted copies of the test pictures."""
-    train, test = load_images("cifar10", "train", limit=6000), load_images("cifar10", "test", limit=n_test)
+    train, test = (
+        load_images("cifar10", "train", limit=6000),
+        load_images("cifar10", "test", limit=n_test),
+    )
     (x, y), (tx, ty) = pixels_of(train, size), pixels_of(test, size)
     order = np.random.default_rng(0).permutation(len(x))  # the rows lie class by class
     x, y = x[order], y[order]
-    tests = {"its own distribution": tx, "off it: noise": noise(tx, 30), "off it: blur": blur(tx), "off it: low contrast": contrast(tx)}
-    return from_arrays(x[1000:], y[1000:], train.classes), from_arrays(x[:1000], y[:1000], train.classes), {name: from_arrays(v, ty, train.classes) for name, v in tests.items()}, train
+    tests = {
+        "its own distribution": tx,
+        "off it: noise": noise(tx, 30),
+        "off it: blur": blur(tx),
+        "off it: low contrast": contrast(tx),
+    }
+    return (
+        from_arrays(x[1000:], y[1000:], train.classes),
+        from_arrays(x[:1000], y[:1000], train.classes),
+        {name: from_arrays(v, ty, train.classes) for name, v in tests.items()},
+        train,
+    )
 
 
 def far(size=64, seeds=3):
     pool, valid, tests, images = cifar(size)
-    race("CIFAR-10", imagenet(10), pool, valid, {name: tests[name] for name in ("its own distribution", "off it: noise")}, 20, Recipe(epochs=6, batch_size=32, size=size), WAYS, (.005, .03), seeds)
+    race(
+        "CIFAR-10",
+        imagenet(10),
+        pool,
+        valid,
+        {name: tests[name] for name in ("its own distribution", "off it: noise")},
+        20,
+        Recipe(epochs=6, batch_size=32, size=size),
+        WAYS,
+        (0.005, 0.03),
+        seeds,
+    )
     caltech = load_images("caltech101")
     pool, valid, test = caltech.three_way()
     test = test.limited(1000)
     parts = [from_arrays(*pixels_of(part, size), caltech.classes) for part in (pool, valid, test)]
-    race("Caltech-101", imagenet(len(caltech.classes)), parts[0], parts[1].limited(500), {"its own distribution": parts[2]}, 5, Recipe(epochs=4, batch_size=32, size=size), WAYS, (.01, .05), seeds)
-    return {"data": "cifar10 and caltech101, few labels", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
+    race(
+        "Caltech-101",
+        imagenet(len(caltech.classes)),
+        parts[0],
+        parts[1].limited(500),
+        {"its own distribution": parts[2]},
+        5,
+        Recipe(epochs=4, batch_size=32, size=size),
+        WAYS,
+        (0.01, 0.05),
+        seeds,
+    )
+    return {
+        "data": "cifar10 and caltech101, few labels",
+        "arch": "resnet18",
+        "size": size,
+        "fingerprint": images.fingerprint(),
+    }
 
 
 def slow():
     """The same with a body that learns ten times slower than the head, for both."""
-    return ood(ways={"full": {}, "full slow": dict(body_lr=.1), "lp-ft slow": dict(strategy="lp-ft", body_lr=.1)}, rival="full slow", probe="lp-ft slow")
+    return ood(
+        ways={
+            "full": {},
+            "full slow": dict(body_lr=0.1),
+            "lp-ft slow": dict(strategy="lp-ft", body_lr=0.1),
+        },
+        rival="full slow",
+        probe="lp-ft slow",
+    )
 
 
-def ood(size=64, seeds=3, shots=100, ways={way: WAYS[way] for way in ("full", "head", "lp-ft", "auto-rgn", "l2-sp")}, rival="full", probe="lp-ft"):
+def ood(
+    size=64,
+    seeds=3,
+    shots=100,
+    ways={way: WAYS[way] for way in ("full", "head", "lp-ft", "auto-rgn", "l2-sp")},
+    rival="full",
+    probe="lp-ft",
+):
     """Kumar et al. 2022: equal pictures seen; the head first, or everything at once."""
     pool, valid, tests, images = cifar(size)
-    found = race(f"CIFAR-10, {shots} labels", imagenet(10), pool, valid, tests, shots, Recipe(epochs=4, batch_size=32, size=size, augment="flip"), ways, (.003, .015), seeds)
+    found = race(
+        f"CIFAR-10, {shots} labels",
+        imagenet(10),
+        pool,
+        valid,
+        tests,
+        shots,
+        Recipe(epochs=4, batch_size=32, size=size, augment="flip"),
+        ways,
+        (0.003, 0.015),
+        seeds,
+    )
     for name, columns in (("its own distribution", [0]), ("off it, mean of three", [1, 2, 3])):
         text, low, high = interval((found[probe] - found[rival])[:, columns].mean(1))
-        say(f"{probe} against {rival}, {name}", f"{probe} against {rival}, {name}: {text} {verdict(low, high)}", n=len(tests["its own distribution"]))
-    return {"data": f"cifar10, {shots} labels a class", "arch": "resnet18", "size": size, "fingerprint": images.fingerprint()}
+        say(
+            f"{probe} against {rival}, {name}",
+            f"{probe} against {rival}, {name}: {text} {verdict(low, high)}",
+            n=len(tests["its own distribution"]),
+        )
+    return {
+        "data": f"cifar10, {shots} labels a class",
+        "arch": "resnet18",
+        "size": size,
+        "fingerprint": images.fingerprint(),
+    }
 
 
 def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu", "silu", "tanh")):
     """Validation accuracy after every epoch from the exchange on; the rate of each function by validation accuracy with a seed of its own."""
-    source, images = load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10), load_images("cifar10", "test")
+    source, images = (
+        load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10),
+        load_images("cifar10", "test"),
+    )
     x, y = pixels_of(images, 32)
     order = np.random.default_rng(0).permutation(len(x))
-    test, valid, pool = (from_arrays(x[at], y[at], images.classes) for at in (order[:2000], order[2000:2500], order[2500:]))
+    test, valid, pool = (
+        from_arrays(x[at], y[at], images.classes)
+        for at in (order[:2000], order[2000:2500], order[2500:])
+    )
     recipe, control = Recipe(epochs=epochs, batch_size=32, size=32), None
 
     def run(kind, ramp, lr, seed):
         model = replace_activation(source, kind)
-        history = fit(model, pool.few(shots, seed=seed), valid, recipe.replace(ramp=ramp, lr=lr, seed=seed), progress=False).history
+        history = fit(
+            model,
+            pool.few(shots, seed=seed),
+            valid,
+            recipe.replace(ramp=ramp, lr=lr, seed=seed),
+            progress=False,
+        ).history
         return model, [row["valid_accuracy"] for row in history]
 
     for kind in kinds:
         swapped = replace_activation(source, kind)
-        say(f"{kind}, untrained", f"{kind:11} as exchanged {evaluate(swapped, test, size=32).accuracy:.3f}, norms measured anew {evaluate(recalibrate(copy.deepcopy(swapped), pool, 32), test, size=32).accuracy:.3f}", n=len(test))
-        rate = max((.01, .05), key=lambda lr: run(kind, 0., lr, 1000)[1][-1])  # by accuracy: a net that is sure of itself has a high loss and may yet be right
-        for ramp in (0., .5) if kind != "relu" else (0.,):
+        say(
+            f"{kind}, untrained",
+            f"{kind:11} as exchanged {evaluate(swapped, test, size=32).accuracy:.3f}, norms measured anew {evaluate(recalibrate(copy.deepcopy(swapped), pool, 32), test, size=32).accuracy:.3f}",
+            n=len(test),
+        )
+        rate = max(
+            (0.01, 0.05), key=lambda lr: run(kind, 0.0, lr, 1000)[1][-1]
+        )  # by accuracy: a net that is sure of itself has a high loss and may yet be right
+        for ramp in (0.0, 0.5) if kind != "relu" else (0.0,):
             runs = [run(kind, ramp, rate, seed) for seed in range(seeds)]
-            values, path = np.array([evaluate(model, test, size=32).accuracy for model, _ in runs]), np.mean([accuracies for _, accuracies in runs], 0)
+            values, path = (
+                np.array([evaluate(model, test, size=32).accuracy for model, _ in runs]),
+                np.mean([accuracies for _, accuracies in runs], 0),
+            )
             control = values if control is None else control
             text, low, high = interval(values - control)
-            say(f"{kind}, ramp {ramp}", f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each {-(-10 * shots // 32)} steps {', '.join(f'{v:.3f}' for v in path)}; test {values.mean():.3f}, against relu trained alike {text} {verdict(low, high) if kind != 'relu' else ''}",
-                n=len(test), values=values.tolist(), path=path.tolist(), rate=rate)
-    return {"data": f"cifar10 activation, {shots} labels a class", "arch": "resnet20", "size": 32, "fingerprint": images.fingerprint()}
+            say(
+                f"{kind}, ramp {ramp}",
+                f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each {-(-10 * shots // 32)} steps {', '.join(f'{v:.3f}' for v in path)}; test {values.mean():.3f}, against relu trained alike {text} {verdict(low, high) if kind != 'relu' else ''}",
+                n=len(test),
+                values=values.tolist(),
+                path=path.tolist(),
+                rate=rate,
+            )
+    return {
+        "data": f"cifar10 activation, {shots} labels a class",
+        "arch": "resnet20",
+        "size": 32,
+        "fingerprint": images.fingerprint(),
+    }
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         ledger = Ledger()
-        context = {"near": near, "far": far, "ood": ood, "many": many, "activation": activation, "slow": slow}[name]()
-        place = ledger.save(OUT / f"{name}-cpu.json", lesson="10_weight_tuning", source=SOURCE, device="cpu", threads=torch.get_num_threads(), **context)
+        context = {
+            "near": near,
+            "far": far,
+            "ood": ood,
+            "many": many,
+            "activation": activation,
+            "slow": slow,
+        }[name]()
+        place = ledger.save(
+            OUT / f"{name}-cpu.json",
+            lesson="10_weight_tuning",
+            source=SOURCE,
+            device="cpu",
+            threads=torch.get_num_threads(),
+            **context,
+        )
         print("written", place.relative_to(ROOT))

@@ -1,4 +1,5 @@
 """`make notebooks`: run notebooks, store their outputs and write README.md from the home page. Names as arguments choose some of them."""
+
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 sys.path.insert(0, str(ROOT))
-from finetune_nb.environment import notebook_hash  # noqa: E402
+from finetune_nb.environment import notebook_hash
+from lessons import PAGES  # noqa: E402
 
 WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
 
@@ -27,7 +29,9 @@ def stored(output):
             data.pop(kind, None)
         if not data:
             return None
-        if set(data) == {"text/plain"} and re.match(r"(interactive\(|HBox\(|<Figure size)", data["text/plain"]):
+        if set(data) == {"text/plain"} and re.match(
+            r"(interactive\(|HBox\(|<Figure size)", data["text/plain"]
+        ):
             return None
     if output.get("name") == "stderr":
         return None
@@ -40,14 +44,25 @@ def refresh(path):
         # A relative working folder keeps machine paths out of what the lessons print.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ["FINETUNE_NB_RUNS"] = runs
-        for last in (False, True):  # Jupyter loses the reply of a finished cell now and then, with both cores busy
+        for last in (
+            False,
+            True,
+        ):  # Jupyter loses the reply of a finished cell now and then, with both cores busy
             try:
-                NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+                NotebookClient(
+                    notebook,
+                    timeout=600,
+                    kernel_name="python3",
+                    resources={"metadata": {"path": str(NBS)}},
+                ).execute()
                 break
             except TimeoutError as error:
                 if last:
                     raise
-                print(f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})", flush=True)
+                print(
+                    f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})",
+                    flush=True,
+                )
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
@@ -63,7 +78,9 @@ def refresh(path):
 def write(notebook, path):
     for cell in notebook.cells:  # nbdev's layout: one string a line
         cell.pop("attachments", None)
-    text = json.dumps(json.loads(nbformat.writes(notebook)), indent=1, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(
+        json.loads(nbformat.writes(notebook)), indent=1, ensure_ascii=False, sort_keys=True
+    )
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
@@ -73,18 +90,31 @@ def readme():
     for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\((?!https?:|#|\.\./|/)([\w./-]+)", r"](nbs/\1", source).replace("](../", "]("))
+            parts.append(
+                re.sub(r"\]\((?!https?:|#|\.\./|/)([\w./-]+)", r"](nbs/\1", source).replace(
+                    "](../", "]("
+                )
+            )
         elif "#| hide" not in source and "parameters" not in cell["metadata"].get("tags", []):
             parts.append(f"```python\n{source}\n```")
-            printed = "".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell["outputs"])
+            printed = "".join(
+                "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
+                for o in cell["outputs"]
+            )
             if printed:
                 parts.append(f"```\n{printed.rstrip()}\n```")
     text = "\n\n".join(parts)
-    return "<!-- Written by `make notebooks` from nbs/index.ipynb. -->\n\n" + text.replace("::: {.callout-note}\n", "").replace("\n:::", "") + "\n"
+    return (
+        "<!-- Written by `make notebooks` from nbs/index.ipynb. -->\n\n"
+        + text.replace("::: {.callout-note}\n", "").replace("\n:::", "")
+        + "\n"
+    )
 
 
 def main(names):
-    chosen = [path for path in sorted(NBS.glob("*.ipynb")) if not names or any(path.stem.startswith(name) for name in names)]
+    chosen = [
+        path for path in PAGES if not names or any(path.stem.startswith(name) for name in names)
+    ]
     for path in chosen:
         print(path.name, flush=True)
         refresh(path)

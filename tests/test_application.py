@@ -1,4 +1,5 @@
 """The article's listings, the whole road, the command line, what it leaves behind."""
+
 import json
 import os
 import re
@@ -13,12 +14,19 @@ from sklearn.base import clone
 from torch import nn
 
 import finetune_nb
-from finetune_nb.application import FineTuner, FineTuneResNet, ResNet, default_recipe, fine_tune, predict
+from finetune_nb.application import (
+    FineTuner,
+    FineTuneResNet,
+    ResNet,
+    default_recipe,
+    fine_tune,
+    predict,
+)
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError, shipped_file
 from finetune_nb.evaluation import Evaluation, evaluate
 from finetune_nb.models import load_model, to_input
-from finetune_nb.shipped import demo, pretrain
+from finetune_nb.showcase import demo, pretrain
 from finetune_nb.training import Recipe, Run
 
 
@@ -33,7 +41,12 @@ def arrays():
 def test_article_listing_one(arrays):
     train_data, train_labels, test_data, test_labels = arrays
     train_images = train_data.astype("float") / 255
-    model = ResNet(pretrained="data/pretrained_resnet_model.pth" if os.getcwd() == str(ROOT) else shipped_file("pretrained_resnet_model.pth"), num_classes=10)
+    model = ResNet(
+        pretrained="data/pretrained_resnet_model.pth"
+        if os.getcwd() == str(ROOT)
+        else shipped_file("pretrained_resnet_model.pth"),
+        num_classes=10,
+    )
     torch.manual_seed(0)
     model.fit(train_images, train_labels, epochs=4, batch_size=32, progress=False)
     assert (model.predict(test_data / 255.0) == test_labels).mean() > 0.7
@@ -53,7 +66,10 @@ def test_article_listings_two_and_three(arrays):
 
     torch.manual_seed(0)
     model = ResNet微调模型()
-    assert model.resnet.fc.out_features == 10 and len([n for n, _ in model.named_parameters() if n.endswith("fc.weight")]) == 1
+    assert (
+        model.resnet.fc.out_features == 10
+        and len([n for n, _ in model.named_parameters() if n.endswith("fc.weight")]) == 1
+    )
     model.resnet.fit(train_data, train_labels, epochs=4, batch_size=32, progress=False)
     model.eval()
     test = load_images("digits", limit=400).three_way()[2]
@@ -90,23 +106,48 @@ def test_scikit_learn_estimator(arrays):
     names = np.array(list("abcdefghij"))
     tuner.fit(arrays[0], names[arrays[1]])
     found = tuner.predict(arrays[2])
-    assert set(found) <= set(names) and tuner.score(arrays[2], names[arrays[3]]) == (found == names[arrays[3]]).mean()
+    assert (
+        set(found) <= set(names)
+        and tuner.score(arrays[2], names[arrays[3]]) == (found == names[arrays[3]]).mean()
+    )
     again = clone(tuner).fit(arrays[0], names[arrays[1]])
     assert (again.predict(arrays[2]) == found).all()
 
 
 def test_the_whole_road_leaves_what_it_promises(tmp_path):
     folder = make_photos(tmp_path / "photos", split=True)
-    found = fine_tune(folder, tmp_path / "run", recipe=Recipe(epochs=2, batch_size=8), progress=False)
+    found = fine_tune(
+        folder, tmp_path / "run", recipe=Recipe(epochs=2, batch_size=8), progress=False
+    )
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"state.safetensors", "model.safetensors", "run.json", "evaluation.npz", "split.csv", "ledger.json", "report.html", "card.md"}
+    assert names == {
+        "state.safetensors",
+        "model.safetensors",
+        "run.json",
+        "evaluation.npz",
+        "split.csv",
+        "ledger.json",
+        "report.html",
+        "card.md",
+    }
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64") >= 3 and not re.search(r'(src|href)="(?!data:)', page)
-    for part in ("Data sample", "Learning curves", "Confusion matrix", "Most confident mistakes", "Recipe", "Versions"):
+    assert page.count("data:image/png;base64") >= 3 and not re.search(
+        r'(src|href)="(?!data:)', page
+    )
+    for part in (
+        "Data sample",
+        "Learning curves",
+        "Confusion matrix",
+        "Most confident mistakes",
+        "Recipe",
+        "Versions",
+    ):
         assert part in page
     assert str(tmp_path) not in page
     again = evaluate(load_model(tmp_path / "run"), load_images(folder).three_way()[2])
-    assert np.allclose(again.logits, Evaluation.load(tmp_path / "run" / "evaluation.npz").logits, atol=1e-4)
+    assert np.allclose(
+        again.logits, Evaluation.load(tmp_path / "run" / "evaluation.npz").logits, atol=1e-4
+    )
     assert found["before"] is None and found["evaluation"].accuracy == again.accuracy
     card = (tmp_path / "run" / "card.md").read_text()
     assert "SHA-256" in card and f"{again.accuracy:.4f}" in card
@@ -117,8 +158,17 @@ def test_the_whole_road_leaves_what_it_promises(tmp_path):
 def test_a_checkpoint_that_fits_is_measured_first(tmp_path):
     folder = make_photos(tmp_path / "photos")
     first = fine_tune(folder, tmp_path / "a", recipe=Recipe(epochs=2, batch_size=8), progress=False)
-    second = fine_tune(folder, tmp_path / "b", weights=tmp_path / "a" / "model.safetensors", recipe=Recipe(epochs=1, batch_size=8), progress=False)
-    assert second["before"].accuracy == first["evaluation"].accuracy and [r["stage"] for r in second["ledger"].rows][0] == "as it comes"
+    second = fine_tune(
+        folder,
+        tmp_path / "b",
+        weights=tmp_path / "a" / "model.safetensors",
+        recipe=Recipe(epochs=1, batch_size=8),
+        progress=False,
+    )
+    assert (
+        second["before"].accuracy == first["evaluation"].accuracy
+        and [r["stage"] for r in second["ledger"].rows][0] == "as it comes"
+    )
 
 
 def test_predict_keeps_the_order_and_marks_the_unreadable(tmp_path):
@@ -132,7 +182,10 @@ def test_predict_keeps_the_order_and_marks_the_unreadable(tmp_path):
 
 
 def test_default_recipes():
-    assert default_recipe("resnet20", 50_000).epochs <= 3 and "flip" not in default_recipe("resnet20", 100, True).augment
+    assert (
+        default_recipe("resnet20", 50_000).epochs <= 3
+        and "flip" not in default_recipe("resnet20", 100, True).augment
+    )
     assert default_recipe("resnet18", 200).augment == "resized-crop-flip"
 
 
@@ -145,27 +198,50 @@ def test_pretrain_small_is_reproducible(tmp_path):
     assert sha256_file(a) == sha256_file(b) and sha256_file(a) in a.with_suffix(".md").read_text()
 
 
-@pytest.mark.skipif("FINETUNE_NB_PROFILE" not in os.environ, reason="takes two minutes; set FINETUNE_NB_PROFILE=lesson (make demo runs it as well)")
+@pytest.mark.skipif(
+    "FINETUNE_NB_PROFILE" not in os.environ,
+    reason="takes two minutes; set FINETUNE_NB_PROFILE=lesson (make demo runs it as well)",
+)
 def test_demo_in_full(tmp_path):
     assert demo(tmp_path, progress=False).is_file()
 
 
 def test_demo_short(tmp_path, monkeypatch):
     """The demo as it is, with fewer epochs: one table of three rows, a report, a model and a card."""
-    from finetune_nb import shipped
+    from finetune_nb import showcase as shipped
 
-    monkeypatch.setattr(shipped, "PLAN", [(name, k, 1, batch, strategy) for name, k, _, batch, strategy in shipped.PLAN])
+    monkeypatch.setattr(
+        shipped,
+        "PLAN",
+        [(name, k, 1, batch, strategy) for name, k, _, batch, strategy in shipped.PLAN],
+    )
     said = []
     report = demo(tmp_path, progress=False, echo=said.append)
-    assert len(said) == 5 and said[1].startswith("labels") and all(re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:])
-    assert report.name == "report.html" and (tmp_path / "model.safetensors").is_file() and (tmp_path / "card.md").is_file()
+    assert (
+        len(said) == 5
+        and said[1].startswith("labels")
+        and all(
+            re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:]
+        )
+    )
+    assert (
+        report.name == "report.html"
+        and (tmp_path / "model.safetensors").is_file()
+        and (tmp_path / "card.md").is_file()
+    )
     assert "few and many labels" in report.read_text()
 
 
 def cli(*arguments, cwd=None):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     code = "from finetune_nb.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+    )
 
 
 def test_command_line_goes_the_whole_road(tmp_path):
@@ -173,30 +249,53 @@ def test_command_line_goes_the_whole_road(tmp_path):
     (folder / "class0" / "bad.jpg").write_text("no image")
     done = cli("train", "--data", folder, "--epochs", 2, "--batch-size", 8, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}" and "set aside" in done.stdout
+    assert (
+        done.stdout.strip().splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
+        and "set aside" in done.stdout
+    )
     done = cli("evaluate", "--model", tmp_path / "run", "--data", folder)
     assert done.returncode == 0 and "accuracy" in done.stdout and "n=42" in done.stdout
     done = cli("predict", "--model", tmp_path / "run", "--data", folder)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len(rows) == 43 and {r[1] for r in rows} <= {"class0", "class1", "class2", "unreadable"} and [r for r in rows if r[1] == "unreadable"][0][0] == "class0/bad.jpg"
+    assert (
+        len(rows) == 43
+        and {r[1] for r in rows} <= {"class0", "class1", "class2", "unreadable"}
+        and [r for r in rows if r[1] == "unreadable"][0][0] == "class0/bad.jpg"
+    )
     for _ in range(2):  # the second time nothing is decoded again
-        done = cli("audit", "--data", folder, "-o", tmp_path / "audit", "--arch", "resnet20", "--size", 32)
+        done = cli(
+            "audit", "--data", folder, "-o", tmp_path / "audit", "--arch", "resnet20", "--size", 32
+        )
         assert done.returncode == 0 and "near_duplicate" in done.stdout, done.stderr
     assert (tmp_path / "audit/audit.parquet").is_file()
     done = cli("features", "--data", folder, "-o", tmp_path / "features", "--size", 32)
     assert "336 columns" in done.stdout, done.stderr
-    done = cli("pack", "--data", folder, "-o", tmp_path / "packed", "--size", 32, "--encoding", "raw")
-    assert done.returncode == 0 and "42 rows" in done.stdout and "bad.jpg" in (tmp_path / "packed" / "set_aside.csv").read_text()
+    done = cli(
+        "pack", "--data", folder, "-o", tmp_path / "packed", "--size", 32, "--encoding", "raw"
+    )
+    assert (
+        done.returncode == 0
+        and "42 rows" in done.stdout
+        and "bad.jpg" in (tmp_path / "packed" / "set_aside.csv").read_text()
+    )
     (tmp_path / "run" / "report.html").unlink()
     done = cli("report", "-o", tmp_path / "run", "--data", folder)
     assert done.returncode == 0 and (tmp_path / "run" / "report.html").is_file()
     assert Run.load(tmp_path / "run").recipe.epochs == 2
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("train", "--data", "nowhere"), "does not exist"), (("train", "--data", "digits", "--strategy", "magic"), "choose from full, head"),
-    (("train", "--data", "digits", "--lr", "nan"), "lr"), (("train", "--data", "digits", "--weights", "none.pth"), "none.pth"), (("evaluate", "--model", "x", "--data", "digits"), "does not exist"),
-    (("train", "--data", "digits", "--device", "cuda:77"), "cuda:77"), (("predict", "--model", "x", "--data", "digits"), "does not exist")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("train", "--data", "nowhere"), "does not exist"),
+        (("train", "--data", "digits", "--strategy", "magic"), "choose from full, head"),
+        (("train", "--data", "digits", "--lr", "nan"), "lr"),
+        (("train", "--data", "digits", "--weights", "none.pth"), "none.pth"),
+        (("evaluate", "--model", "x", "--data", "digits"), "does not exist"),
+        (("train", "--data", "digits", "--device", "cuda:77"), "cuda:77"),
+        (("predict", "--model", "x", "--data", "digits"), "does not exist"),
+    ],
+)
 def test_command_line_mistakes_are_one_message(arguments, words, tmp_path):
     done = cli(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
@@ -219,13 +318,28 @@ def test_doctor():
 def test_import_is_light():
     """What `import finetune_nb` brings in beyond torch: nothing of ours but itself."""
     code = "import sys, torch; before = set(sys.modules); import finetune_nb; print(sorted(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert json.loads(done.stdout.replace("'", '"')) == ["finetune_nb"]
 
 
 def test_star_import():
     names = {}
     exec("from finetune_nb import *", names)
-    assert {"load_images", "load_resnet", "fit", "evaluate", "FineTuner", "ResNet", "Recipe", "Images", "Ledger"} <= set(names)
+    assert {
+        "load_images",
+        "load_resnet",
+        "fit",
+        "evaluate",
+        "FineTuner",
+        "ResNet",
+        "Recipe",
+        "Images",
+        "Ledger",
+    } <= set(names)
     with pytest.raises(AttributeError, match="it has"):
         finetune_nb.nothing

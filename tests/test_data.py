@@ -1,4 +1,5 @@
 """Sources, the index, the order, the loader, packing."""
+
 import io
 import json
 import os
@@ -16,9 +17,9 @@ from PIL import Image
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.glyphs import CLASSES, DEFECTS, fonts_for, render_glyph
-from finetune_nb.index import Images, from_arrays, open_index, save_index
-from finetune_nb.sources import MAX_PIXELS, BadImage, make_table, open_rgb, scan_folder
+from finetune_nb.data.glyphs import CLASSES, DEFECTS, fonts_for, render_glyph
+from finetune_nb.data.index import Images, from_arrays, open_index, save_index
+from finetune_nb.data.sources import MAX_PIXELS, BadImage, make_table, open_rgb, scan_folder
 
 
 def encoded(image, kind="PNG", **options):
@@ -75,7 +76,9 @@ def test_all_sources_give_the_same_images(photos, tmp_path):
     for other in (tar, parquet, packed, shards):
         found = pixels_of(other)
         assert other.classes == folder.classes
-        assert {k: folder.classes[l] for k, l in zip(folder.column("key"), folder.labels)} == {k: other.classes[l] for k, l in zip(other.column("key"), other.labels)}
+        assert {k: folder.classes[l] for k, l in zip(folder.column("key"), folder.labels)} == {
+            k: other.classes[l] for k, l in zip(other.column("key"), other.labels)
+        }
         assert found.keys() == truth.keys()
         assert all(np.array_equal(found[key], truth[key]) for key in truth)
 
@@ -92,7 +95,9 @@ def test_packed_shards_are_plain_webdataset(photos, tmp_path):
                 samples.setdefault(stem, {})[kind] = tar.extractfile(member).read()
     assert len(samples) == 42
     for sample in samples.values():
-        assert set(sample) == {"jpg", "json"} and json.loads(sample["json"])["label"].startswith("class")
+        assert set(sample) == {"jpg", "json"} and json.loads(sample["json"])["label"].startswith(
+            "class"
+        )
         Image.open(io.BytesIO(sample["jpg"])).load()
     index = pq.read_table(tmp_path / "index.parquet")
     row = index.slice(17, 1).to_pylist()[0]
@@ -115,12 +120,34 @@ def test_hugging_face_schema(photos, tmp_path):
     assert pq.read_table(path)["image"][0].as_py().keys() == {"bytes", "path"}
 
 
-@pytest.mark.parametrize("mode, colour", [("L", 77), ("P", 3), ("CMYK", (0, 255, 255, 0)), ("LA", (200, 0)), ("RGBA", (255, 0, 0, 0)), ("1", 1), ("I;16", 30000), ("YCbCr", (76, 84, 255)), ("LAB", None), ("F", None)])
+@pytest.mark.parametrize(
+    "mode, colour",
+    [
+        ("L", 77),
+        ("P", 3),
+        ("CMYK", (0, 255, 255, 0)),
+        ("LA", (200, 0)),
+        ("RGBA", (255, 0, 0, 0)),
+        ("1", 1),
+        ("I;16", 30000),
+        ("YCbCr", (76, 84, 255)),
+        ("LAB", None),
+        ("F", None),
+    ],
+)
 def test_every_mode_becomes_rgb(mode, colour):
     if mode in ("LAB", "F"):
-        image, kind = Image.new("L", (8, 6), 50).convert("F") if mode == "F" else Image.new("LAB", (8, 6), (50, 128, 128)), "TIFF"
+        image, kind = (
+            Image.new("L", (8, 6), 50).convert("F")
+            if mode == "F"
+            else Image.new("LAB", (8, 6), (50, 128, 128)),
+            "TIFF",
+        )
     else:
-        image, kind = Image.new(mode, (8, 6), colour), "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+        image, kind = (
+            Image.new(mode, (8, 6), colour),
+            "JPEG" if mode in ("CMYK", "YCbCr") else "PNG",
+        )
     found = open_rgb(encoded(image, kind))
     assert found.mode == "RGB" and found.size == (8, 6)
     if mode in ("LA", "RGBA"):
@@ -138,14 +165,24 @@ def test_exif_rotation(turn):
     upright = np.zeros((16, 24, 3), np.uint8)
     upright[:8, :8] = 255
     image = Image.fromarray(upright)
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}[turn]
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[turn]
     stored = image if undo is None else image.transpose(undo)
     exif = Image.Exif()
     exif[0x0112] = turn
     for kind, options in (("PNG", {}), ("JPEG", dict(quality=100, subsampling=0))):
         found = np.asarray(open_rgb(encoded(stored, kind, exif=exif, **options)))
-        assert found.shape == upright.shape and np.abs(found.astype(int) - upright).max() <= (8 if kind == "JPEG" else 0), kind
+        assert found.shape == upright.shape and np.abs(found.astype(int) - upright).max() <= (
+            8 if kind == "JPEG" else 0
+        ), kind
 
 
 def test_npy_members_are_read_without_unpickling():
@@ -156,15 +193,23 @@ def test_npy_members_are_read_without_unpickling():
 
 
 def options(**changes):
-    return dict(batch_size=16, size=24, shuffle=True, seed=3, epoch=2, augment="crop-flip") | changes
+    return (
+        dict(batch_size=16, size=24, shuffle=True, seed=3, epoch=2, augment="crop-flip") | changes
+    )
 
 
-@pytest.mark.parametrize("augment", ["none", "shift", "flip", "crop-flip", "affine", "resized-crop-flip"])
+@pytest.mark.parametrize(
+    "augment", ["none", "shift", "flip", "crop-flip", "affine", "resized-crop-flip"]
+)
 def test_batches_do_not_depend_on_threads_or_batch_size(photos, augment):
     by_row = {}
     for workers, batch_size in ((0, 16), (3, 16), (1, 5)):
-        images = load_images(photos).split("train")  # anew, so that each of them decodes and none finds the squares of another
-        for batch in images.loader(**options(workers=workers, batch_size=batch_size, augment=augment)):
+        images = load_images(photos).split(
+            "train"
+        )  # anew, so that each of them decodes and none finds the squares of another
+        for batch in images.loader(
+            **options(workers=workers, batch_size=batch_size, augment=augment)
+        ):
             for pixels, row in zip(batch.pixels, batch.rows):
                 assert np.array_equal(by_row.setdefault(int(row), pixels.numpy()), pixels.numpy())
     assert len(by_row) == len(images)
@@ -225,18 +270,46 @@ def test_unreadable_file_and_dangling_link(tmp_path):
     assert sum(len(b.rows) for b in loader) == 12 and len(loader.bad) == 1
 
 
-@pytest.mark.parametrize("prepare, words", [
-    (lambda p: p / "missing", "does not exist"),
-    (lambda p: p, "holds no images"),
-    (lambda p: [(p / "a").mkdir(), Image.new("RGB", (9, 9)).save(p / "a" / "1.png"), (p / "b").mkdir(), p][-1], "is empty"),
-    (lambda p: [(p / "a").mkdir(), Image.new("RGB", (9, 9)).save(p / "a" / "1.png"), p][-1], "one class only"),
-    (lambda p: [(p / "a").mkdir(), Image.new("RGB", (9, 9)).save(p / "a" / "1.png"), Image.new("RGB", (9, 9)).save(p / "1.png"), p][-1], "beside the class folders"),
-    (lambda p: [(p / "x.zip").write_bytes(b"PK"), p / "x.zip"][-1], "neither"),
-    (lambda p: [(p / "x.tar").write_bytes(b"not a tar" * 100), p / "x.tar"][-1], "not a plain tar"),
-    (lambda p: [(p / "x.parquet").write_bytes(b"PAR1"), p / "x.parquet"][-1], "Parquet"),
-    (lambda p: [pq.write_table(pa.table({"a": [1]}), p / "x.parquet"), p / "x.parquet"][-1], "image"),
-    (lambda p: str(p / "shard-*.tar"), "no file matches"),
-])
+@pytest.mark.parametrize(
+    "prepare, words",
+    [
+        (lambda p: p / "missing", "does not exist"),
+        (lambda p: p, "holds no images"),
+        (
+            lambda p: [
+                (p / "a").mkdir(),
+                Image.new("RGB", (9, 9)).save(p / "a" / "1.png"),
+                (p / "b").mkdir(),
+                p,
+            ][-1],
+            "is empty",
+        ),
+        (
+            lambda p: [(p / "a").mkdir(), Image.new("RGB", (9, 9)).save(p / "a" / "1.png"), p][-1],
+            "one class only",
+        ),
+        (
+            lambda p: [
+                (p / "a").mkdir(),
+                Image.new("RGB", (9, 9)).save(p / "a" / "1.png"),
+                Image.new("RGB", (9, 9)).save(p / "1.png"),
+                p,
+            ][-1],
+            "beside the class folders",
+        ),
+        (lambda p: [(p / "x.zip").write_bytes(b"PK"), p / "x.zip"][-1], "neither"),
+        (
+            lambda p: [(p / "x.tar").write_bytes(b"not a tar" * 100), p / "x.tar"][-1],
+            "not a plain tar",
+        ),
+        (lambda p: [(p / "x.parquet").write_bytes(b"PAR1"), p / "x.parquet"][-1], "Parquet"),
+        (
+            lambda p: [pq.write_table(pa.table({"a": [1]}), p / "x.parquet"), p / "x.parquet"][-1],
+            "image",
+        ),
+        (lambda p: str(p / "shard-*.tar"), "no file matches"),
+    ],
+)
 def test_bad_sources_say_what_is_wrong(prepare, words, tmp_path):
     with pytest.raises(FinetuneError, match=words) as caught:
         load_images(prepare(tmp_path))
@@ -246,7 +319,12 @@ def test_bad_sources_say_what_is_wrong(prepare, words, tmp_path):
 def test_labels_that_do_not_fit(photos, tmp_path):
     path = load_images(photos).to_parquet(tmp_path / "p.parquet")
     table = pq.read_table(path)
-    pq.write_table(table.set_column(1, "label", pa.array([7] * len(table))).replace_schema_metadata(table.schema.metadata), path)
+    pq.write_table(
+        table.set_column(1, "label", pa.array([7] * len(table))).replace_schema_metadata(
+            table.schema.metadata
+        ),
+        path,
+    )
     with pytest.raises(FinetuneError, match="outside the 3 class names"):
         load_images(path)
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -281,15 +359,23 @@ def test_damaged_index_is_named(tmp_path):
 
 
 def big_table(n):
-    table = make_table([f"{i:09d}" for i in range(n)], "/nowhere.tar", np.arange(n) * 512, np.full(n, 500), np.arange(n) % 10, ["train"] * n, [str(i) for i in range(10)])
+    table = make_table(
+        [f"{i:09d}" for i in range(n)],
+        "/nowhere.tar",
+        np.arange(n) * 512,
+        np.full(n, 500),
+        np.arange(n) % 10,
+        ["train"] * n,
+        [str(i) for i in range(10)],
+    )
     return table
 
 
 MEMORY = """
 import resource, sys
 import numpy as np
-from finetune_nb.batches import epoch_order
-from finetune_nb.index import Images, open_index
+from finetune_nb.data.batches import epoch_order
+from finetune_nb.data.index import Images, open_index
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 images = Images(open_index(sys.argv[1])).split("train") if sys.argv[2] == "split" else Images(open_index(sys.argv[1]))
 for position in range(0, len(images), max(1, len(images)//500)):
@@ -305,7 +391,12 @@ def test_memory_stays_flat_when_the_table_grows_tenfold(tmp_path):
     for n in (200_000, 2_000_000):
         path = tmp_path / f"{n}.arrow"
         save_index(big_table(n), path)
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(path), "all"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(path), "all"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr
         grown.append(int(done.stdout) / 1024)
     label_pages = 2_000_000 * 4 / 2**20
@@ -335,9 +426,17 @@ def test_glyphs_are_a_pure_function():
 def test_planted_defects_keep_the_truth():
     shares = {"label": 0.1, "noise": 0.05, "duplicate": 0.02, "outlier": 0.01}
     images = load_images("glyphs", limit=1000, seed=1, defects=shares)
-    kinds, true, given = images.column("true_defect").astype(str), images.column("true_label"), images.labels
-    assert {kind: (kinds == kind).sum() for kind in DEFECTS} == {kind: round(share * 1000) for kind, share in shares.items()}
-    assert (true[kinds == "label"] != given[kinds == "label"]).all() and (true[kinds != "label"] == given[kinds != "label"]).all()
+    kinds, true, given = (
+        images.column("true_defect").astype(str),
+        images.column("true_label"),
+        images.labels,
+    )
+    assert {kind: (kinds == kind).sum() for kind in DEFECTS} == {
+        kind: round(share * 1000) for kind, share in shares.items()
+    }
+    assert (true[kinds == "label"] != given[kinds == "label"]).all() and (
+        true[kinds != "label"] == given[kinds != "label"]
+    ).all()
     clean = load_images("glyphs", limit=1000, seed=1)
     assert np.array_equal(images.memory[kinds == ""], clean.memory[kinds == ""])
     with pytest.raises(FinetuneError, match="defects"):
@@ -350,11 +449,18 @@ def test_few_divide_limited():
     images = load_images("digits").split("train")
     assert np.bincount(images.few(3, 1).labels).tolist() == [3] * 10
     rest, part = images.divide(0.25, 7)
-    assert len(rest) + len(part) == len(images) and not set(rest.column("key")) & set(part.column("key"))
+    assert len(rest) + len(part) == len(images) and not set(rest.column("key")) & set(
+        part.column("key")
+    )
     share = np.bincount(part.labels) / np.bincount(images.labels)
     assert (abs(share - 0.25) < 0.02).all()
     some = images.limited(200, 2)
-    assert len(some) == 200 and (abs(np.bincount(some.labels) - np.bincount(images.labels) * 200 / len(images)) < 1.5).all()
+    assert (
+        len(some) == 200
+        and (
+            abs(np.bincount(some.labels) - np.bincount(images.labels) * 200 / len(images)) < 1.5
+        ).all()
+    )
 
 
 @needs_real_data
@@ -382,27 +488,52 @@ def test_download_code_against_a_loopback_server(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     sums = {}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
-        content = {"label_names": [f"kind{i}" for i in range(10)]} if name == "batches.meta" else {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        content = (
+            {"label_names": [f"kind{i}" for i in range(10)]}
+            if name == "batches.meta"
+            else {
+                "data": rng.integers(0, 256, (20, 3072), dtype=np.uint8),
+                "labels": [i % 10 for i in range(20)],
+            }
+        )
         data = pickle.dumps(content)
         (served / "cifar-10-batches-py" / name).write_bytes(data)
         sums[name] = hashlib.md5(data).hexdigest()
     with tarfile.open(served / "cifar-10-python.tar.gz", "w:gz") as tar:
         tar.add(served / "cifar-10-batches-py", "cifar-10-batches-py")
-    handler_class = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler_class, directory=str(served)))
+    handler_class = type(
+        "Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}
+    )
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler_class, directory=str(served))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        monkeypatch.setattr(sets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
-        monkeypatch.setattr(sets.CIFAR10, "tgz_md5", hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
-        monkeypatch.setattr(sets.CIFAR10, "train_list", [[n, sums[n]] for n in sorted(sums) if n.startswith("data")])
+        monkeypatch.setattr(
+            sets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        )
+        monkeypatch.setattr(
+            sets.CIFAR10,
+            "tgz_md5",
+            hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest(),
+        )
+        monkeypatch.setattr(
+            sets.CIFAR10, "train_list", [[n, sums[n]] for n in sorted(sums) if n.startswith("data")]
+        )
         monkeypatch.setattr(sets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-        monkeypatch.setattr(sets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+        monkeypatch.setattr(
+            sets.CIFAR10,
+            "meta",
+            {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]},
+        )
         images = load_images("cifar10", root=tmp_path / "root")
         assert images.counts("split") == {"train": 100, "test": 20} and images.classes[0] == "kind0"
         assert np.asarray(images[0][0]).shape == (32, 32, 3)
     finally:
         server.shutdown()
-    again = load_images("cifar10", root=tmp_path / "root")  # the server is gone: what was packed is found
+    again = load_images(
+        "cifar10", root=tmp_path / "root"
+    )  # the server is gone: what was packed is found
     assert len(again) == 120
     monkeypatch.setattr(sets.CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
     with pytest.raises(FinetuneError, match="could not be downloaded"):

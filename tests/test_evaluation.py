@@ -1,4 +1,5 @@
 """Figures against oracles, intervals against their promise, stored evaluations."""
+
 import math
 
 import numpy as np
@@ -71,26 +72,39 @@ TRUTH = metrics(*sample(400_000, 3, 1))["accuracy"]
 def test_bootstrap_is_reproducible_and_ordered():
     logits, labels = sample()
     a, b = bootstrap(logits, labels), bootstrap(logits, labels)
-    assert a == b and all(low <= value <= high for name, (value, low, high) in a.items() if name != "ece")
+    assert a == b and all(
+        low <= value <= high for name, (value, low, high) in a.items() if name != "ece"
+    )
 
 
 @pytest.mark.parametrize("right, n", [(0, 10), (3, 10), (145, 153), (153, 153), (9_000, 10_000)])
 def test_wilson_and_mcnemar_against_scipy(right, n):
     low, high = wilson(right, n)
     theirs = binomtest(right, n).proportion_ci(method="wilson")
-    assert math.isclose(low, theirs.low, abs_tol=1e-6) and math.isclose(high, theirs.high, abs_tol=1e-6)
-    assert math.isclose(mcnemar(right, n - right), binomtest(right, n).pvalue, rel_tol=1e-6, abs_tol=1e-12)
+    assert math.isclose(low, theirs.low, abs_tol=1e-6) and math.isclose(
+        high, theirs.high, abs_tol=1e-6
+    )
+    assert math.isclose(
+        mcnemar(right, n - right), binomtest(right, n).pvalue, rel_tol=1e-6, abs_tol=1e-12
+    )
 
 
 def test_comparison_is_paired_and_says_no_difference_inside_the_noise():
     logits, labels = sample(500)
     keys = [str(i) for i in range(500)]
     a = Evaluation(logits, labels, list("abcde"), keys)
-    b = Evaluation(logits + np.random.default_rng(0).normal(0, 0.05, logits.shape), labels, list("abcde"), keys)
-    worse = Evaluation(np.random.default_rng(0).normal(0, 1, logits.shape), labels, list("abcde"), keys)
+    b = Evaluation(
+        logits + np.random.default_rng(0).normal(0, 0.05, logits.shape), labels, list("abcde"), keys
+    )
+    worse = Evaluation(
+        np.random.default_rng(0).normal(0, 1, logits.shape), labels, list("abcde"), keys
+    )
     assert a.compare(a)["difference"] == 0 and a.compare(a)["verdict"] == "no difference"
     assert a.compare(b)["verdict"] == "no difference"
-    assert a.compare(worse)["verdict"] == "first better" and worse.compare(a)["verdict"] == "second better"
+    assert (
+        a.compare(worse)["verdict"] == "first better"
+        and worse.compare(a)["verdict"] == "second better"
+    )
     assert a.compare(worse)["low"] > 0
     with pytest.raises(FinetuneError, match="same images"):
         a.compare(Evaluation(logits, labels, list("abcde"), keys[::-1]))
@@ -100,21 +114,39 @@ def test_comparison_is_paired_and_says_no_difference_inside_the_noise():
 
 def test_tables(tmp_path):
     logits, labels = sample()
-    e = Evaluation(logits, labels, list("abcde"), [str(i) for i in range(len(labels))], {"bad.jpg": "reason"})
+    e = Evaluation(
+        logits, labels, list("abcde"), [str(i) for i in range(len(labels))], {"bad.jpg": "reason"}
+    )
     assert np.array_equal(e.confusion(), confusion_matrix(labels, logits.argmax(1)))
     rows = e.per_class()
-    assert [r[2] for r in rows] == sorted(r[2] for r in rows) and sum(r[1] for r in rows) == len(labels)
+    assert [r[2] for r in rows] == sorted(r[2] for r in rows) and sum(r[1] for r in rows) == len(
+        labels
+    )
     wrong = e.mistakes()
-    assert (e.predictions[wrong] != labels[wrong]).all() and (np.diff(e.probabilities.max(1)[wrong]) <= 1e-12).all()
+    assert (e.predictions[wrong] != labels[wrong]).all() and (
+        np.diff(e.probabilities.max(1)[wrong]) <= 1e-12
+    ).all()
     assert "1 images set aside" in e.summary() and "balanced_accuracy" in e._repr_html_()
     again = Evaluation.load(e.save(tmp_path / "e.npz"))
-    assert np.array_equal(again.logits, e.logits) and again.keys == e.keys and again.set_aside == e.set_aside
+    assert (
+        np.array_equal(again.logits, e.logits)
+        and again.keys == e.keys
+        and again.set_aside == e.set_aside
+    )
     (tmp_path / "bad.npz").write_bytes(b"PK")
     with pytest.raises(FinetuneError, match="bad.npz"):
         Evaluation.load(tmp_path / "bad.npz")
 
 
-@pytest.mark.parametrize("logits, labels, words", [(np.zeros((0, 2)), [], "nothing"), (np.zeros((3, 2)), [0, 1], "match"), (np.zeros((2, 2)), [0, 5], "outputs"), (np.zeros((2, 2)), [0, -1], "labels run")])
+@pytest.mark.parametrize(
+    "logits, labels, words",
+    [
+        (np.zeros((0, 2)), [], "nothing"),
+        (np.zeros((3, 2)), [0, 1], "match"),
+        (np.zeros((2, 2)), [0, 5], "outputs"),
+        (np.zeros((2, 2)), [0, -1], "labels run"),
+    ],
+)
 def test_inputs_that_do_not_fit(logits, labels, words):
     with pytest.raises(FinetuneError, match=words):
         Evaluation(logits, labels, ["a", "b"])
@@ -130,7 +162,9 @@ def test_evaluate_is_the_plain_loop():
     batch = next(iter(images.loader(batch_size=100, size=32)))
     with torch.no_grad():
         plain = net(to_input(batch.pixels, net)).numpy()
-    assert np.allclose(found.logits, plain, atol=1e-4) and np.array_equal(found.labels, images.labels)
+    assert np.allclose(found.logits, plain, atol=1e-4) and np.array_equal(
+        found.labels, images.labels
+    )
     assert found.keys == list(images.column("key"))
 
 
@@ -153,7 +187,11 @@ def test_ledger(tmp_path):
     row = ledger.add("a stage", Evaluation(logits, labels, list("abcde")), seconds=1.5)
     assert row["accuracy"][1] <= row["accuracy"][0] <= row["accuracy"][2] and row["seconds"] == 1.5
     again = Ledger.load(ledger.save(tmp_path / "l.json", data="x"))
-    assert again.rows == ledger.rows and again.context["data"] == "x" and "torch" in again.context["versions"]
+    assert (
+        again.rows == ledger.rows
+        and again.context["data"] == "x"
+        and "torch" in again.context["versions"]
+    )
     assert "a stage" in again.summary()
     (tmp_path / "l.json").write_text("{")
     with pytest.raises(FinetuneError, match="not a ledger"):

@@ -1,4 +1,5 @@
 """Features: what is in them, and what happens when a pass is stopped, shared or refused."""
+
 import errno
 import os
 import re
@@ -14,7 +15,7 @@ from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
 from finetune_nb.features import POOLS, Features, block_names, extract_features, linear_probe
 from finetune_nb.models import load_resnet, to_input
-from finetune_nb.parts import Parts
+from finetune_nb.resumable import Parts
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,13 @@ def net():
 def maps(model, images, layer):
     """Outputs of a block for all images at once, by an independent way: no hooks of ours, float64."""
     found, module = {}, dict(model.named_modules())[layer]
-    pixels = next(iter(images.loader(batch_size=len(images), size=model.info["size"], crop_ratio=model.info["crop_ratio"]))).pixels
+    pixels = next(
+        iter(
+            images.loader(
+                batch_size=len(images), size=model.info["size"], crop_ratio=model.info["crop_ratio"]
+            )
+        )
+    ).pixels
     hook = module.register_forward_hook(lambda m, i, o: found.update(out=o))
     with torch.inference_mode():
         model.double()(to_input(pixels, model).double())
@@ -51,8 +58,16 @@ def test_every_column_is_what_it_says(arch, digits):
         layer, pool, cell, channel = features.columns[column]
         out = maps(model, few, layer)[:, channel]
         h, w = out.shape[1] // 2, out.shape[2] // 2
-        expected = {"mean": out.mean((1, 2)), "max": out.max((1, 2)), "grid": out[:, (cell // 2) * h:(cell // 2 + 1) * h, (cell % 2) * w:(cell % 2 + 1) * w].mean((1, 2))}[pool]
-        np.testing.assert_allclose(features.array[:, column].astype(float), expected, rtol=2e-3, atol=1e-4)
+        expected = {
+            "mean": out.mean((1, 2)),
+            "max": out.max((1, 2)),
+            "grid": out[
+                :, (cell // 2) * h : (cell // 2 + 1) * h, (cell % 2) * w : (cell % 2 + 1) * w
+            ].mean((1, 2)),
+        }[pool]
+        np.testing.assert_allclose(
+            features.array[:, column].astype(float), expected, rtol=2e-3, atol=1e-4
+        )
 
 
 def test_last_block_feeds_the_head(digits, net):
@@ -61,13 +76,19 @@ def test_last_block_feeds_the_head(digits, net):
     with torch.inference_mode():
         logits = net(to_input(pixels, net))
         again = net.fc(torch.from_numpy(features.array.astype(np.float32)))
-    assert (logits - again).abs().max() < .02
-    assert (logits.argmax(1) == again.argmax(1)).float().mean() > .98
+    assert (logits - again).abs().max() < 0.02
+    assert (logits.argmax(1) == again.argmax(1)).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("options", [dict(batch_size=1), dict(batch_size=33, workers=0), dict(batch_size=1000, workers=4)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(batch_size=1), dict(batch_size=33, workers=0), dict(batch_size=1000, workers=4)],
+)
 def test_same_bytes_for_any_batch_size_and_workers(digits, net, options):
-    assert extract_features(net, digits, **options).array.tobytes() == extract_features(net, digits).array.tobytes()
+    assert (
+        extract_features(net, digits, **options).array.tobytes()
+        == extract_features(net, digits).array.tobytes()
+    )
 
 
 def test_parts_do_not_show(digits, net, tmp_path):
@@ -97,7 +118,12 @@ extract_features(load_resnet("resnet20"), load_images("digits", limit=150), fold
 
 
 def start(folder, **environment):
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_ranks_share_the_rows_and_a_killed_one_is_made_good(tmp_path):
@@ -120,9 +146,16 @@ def test_unreadable_image_is_a_row_of_nan(tmp_path, net):
     (tmp_path / "photos/class1/003.png").write_bytes(b"no image")
     images = load_images(tmp_path / "photos")
     features = extract_features(net, images, batch_size=8)
-    assert (~features.good).sum() == 1 and images.table["key"][int(images.rows_at([np.flatnonzero(~features.good)[0]])[0])].as_py().endswith("class1/003.png")
+    assert (~features.good).sum() == 1 and images.table["key"][
+        int(images.rows_at([np.flatnonzero(~features.good)[0]])[0])
+    ].as_py().endswith("class1/003.png")
     sound = images.select(features.good)
-    np.testing.assert_allclose(extract_features(net, sound).array.astype(float), features.array[features.good].astype(float), rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(
+        extract_features(net, sound).array.astype(float),
+        features.array[features.good].astype(float),
+        rtol=1e-2,
+        atol=1e-3,
+    )
     with pytest.raises(FinetuneError, match="1 rows of the features hold NaN"):
         linear_probe(features.array, features.labels)
 
@@ -159,7 +192,10 @@ def test_half_written_and_damaged_stores(digits, net, tmp_path):
     with pytest.raises(FinetuneError, match="part-000001.npz is damaged.*delete this one file"):
         Features.load(tmp_path)
     (tmp_path / "part-000001.npz").unlink()
-    assert extract_features(net, digits, folder=tmp_path, part=64).array.tobytes() == extract_features(net, digits).array.tobytes()
+    assert (
+        extract_features(net, digits, folder=tmp_path, part=64).array.tobytes()
+        == extract_features(net, digits).array.tobytes()
+    )
     (tmp_path / "key.json").write_text("{")
     with pytest.raises(FinetuneError, match="key.json is damaged"):
         Features.load(tmp_path)
@@ -168,8 +204,12 @@ def test_half_written_and_damaged_stores(digits, net, tmp_path):
 def test_full_disk_is_said_before_the_work(digits, net, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(FinetuneError, match=r"features.f16 needs \d+ MB, which cannot be had \(No space left on device\)"):
+    with pytest.raises(
+        FinetuneError,
+        match=r"features.f16 needs \d+ MB, which cannot be had \(No space left on device\)",
+    ):
         extract_features(net, digits, folder=tmp_path)
 
 
@@ -178,13 +218,13 @@ def test_a_rank_that_never_comes(tmp_path):
     for part in parts.todo():
         parts.save(part, x=np.zeros(1))
     with pytest.raises(FinetuneError, match="1 of 3 parts .* another process has stopped"):
-        parts.wait(patience=.3)
+        parts.wait(patience=0.3)
 
 
 def test_probe_learns_and_says_what_is_wrong(digits, net):
     features = extract_features(net, digits, layers="last")
     x = features.of_layers("layer3.2")
-    assert linear_probe(x[::2], features.labels[::2]).score(x[1::2], features.labels[1::2]) > .75
+    assert linear_probe(x[::2], features.labels[::2]).score(x[1::2], features.labels[1::2]) > 0.75
     with pytest.raises(FinetuneError, match="150 rows of features but 3 labels"):
         linear_probe(x, [0, 1, 2])
     with pytest.raises(FinetuneError, match="all of one class"):

@@ -1,4 +1,5 @@
 """Every lesson runs whole, in the smoke profile, on every kind of source."""
+
 import os
 import warnings
 
@@ -14,11 +15,19 @@ SOURCES = ("digits", "glyphs", "photos", *REAL)
 def run(path, out, cell_seconds=300, **parameters):
     """A notebook by papermill. Once in some hundred runs, with both cores busy, Jupyter loses the reply of a finished cell (seen where a widget is shown)
     and would wait for ever: a cell that has not answered in time is reported, and the notebook is run once more from its beginning."""
-    again = dict(parameters=parameters, cwd=NBS, kernel_name="python3", progress_bar=False, execution_timeout=cell_seconds)
+    again = dict(
+        parameters=parameters,
+        cwd=NBS,
+        kernel_name="python3",
+        progress_bar=False,
+        execution_timeout=cell_seconds,
+    )
     try:
         papermill.execute_notebook(path, out, **again)
     except TimeoutError as error:
-        warnings.warn(f"{path.name}: no answer within {cell_seconds} seconds, run again: {str(error)[:200]}")
+        warnings.warn(
+            f"{path.name}: no answer within {cell_seconds} seconds, run again: {str(error)[:200]}"
+        )
         papermill.execute_notebook(path, out, **again)
 
 
@@ -49,7 +58,9 @@ def test_runs(lesson, data, photos, tmp_path):
 
 
 def test_no_lesson_writes_into_the_checkout():
-    assert not list(NBS.glob("runs")) and not [p for p in NBS.iterdir() if p.suffix in (".npz", ".safetensors", ".arrow")]
+    assert not list(NBS.glob("runs")) and not [
+        p for p in NBS.iterdir() if p.suffix in (".npz", ".safetensors", ".arrow")
+    ]
 
 
 @pytest.mark.parametrize("lesson", PROFILES)
@@ -57,7 +68,11 @@ def test_profiles_name_what_lessons_have(lesson):
     """papermill only logs an unknown parameter; here it is an error."""
     known = set(parameters(NAMES[lesson]))
     plan = PROFILES[lesson]
-    used = set(plan["smoke"]) | {k for o in plan.get("data", {}).values() for k in o} | {k for o in plan.get("real", {}).values() for k in o}
+    used = (
+        set(plan["smoke"])
+        | {k for o in plan.get("data", {}).values() for k in o}
+        | {k for o in plan.get("real", {}).values() for k in o}
+    )
     assert used <= known, f"{lesson} has no parameter {used - known}"
 
 
@@ -65,12 +80,17 @@ def test_every_lesson_has_a_profile():
     assert {path.stem for path in LESSONS} | {"index"} == set(PROFILES)
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if p not in LESSONS and p.stem != "index"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if p not in LESSONS and p.stem != "index"], ids=lambda p: p.stem
+)
 def test_reference_pages_run(path, tmp_path):
     run(path, tmp_path / "out.ipynb")
 
 
-@pytest.mark.skipif(os.environ.get("FINETUNE_NB_PROFILE") != "lesson", reason="set FINETUNE_NB_PROFILE=lesson to run the lessons at full length, with other seeds")
+@pytest.mark.skipif(
+    os.environ.get("FINETUNE_NB_PROFILE") != "lesson",
+    reason="set FINETUNE_NB_PROFILE=lesson to run the lessons at full length, with other seeds",
+)
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_runs_in_full(path, tmp_path):
     run(path, tmp_path / "out.ipynb", 1800, **({"seed": 1} if "seed" in parameters(path) else {}))

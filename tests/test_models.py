@@ -1,4 +1,5 @@
 """Nets, checkpoints, what travels with the weights."""
+
 import json
 import os
 import pickle
@@ -12,10 +13,31 @@ from conftest import needs_real_data, real_data
 from torch import nn
 
 from finetune_nb.environment import FinetuneError
-from finetune_nb.models import (BATCHNORM_POLICIES, SMALL, architectures, build, count_cost, load_model, load_resnet, read_checkpoint, save_model, to_input, train_mode)
+from finetune_nb.models import (
+    BATCHNORM_POLICIES,
+    SMALL,
+    architectures,
+    build,
+    count_cost,
+    load_model,
+    load_resnet,
+    read_checkpoint,
+    save_model,
+    to_input,
+    train_mode,
+)
 
 
-@pytest.mark.parametrize("arch, parameters, macs", [("resnet20", 0.27e6, 41e6), ("resnet32", 0.46e6, 69e6), ("resnet56", 0.85e6, 126e6), ("resnet18", 11.69e6, 1.82e9), ("resnet50", 25.56e6, 4.11e9)])
+@pytest.mark.parametrize(
+    "arch, parameters, macs",
+    [
+        ("resnet20", 0.27e6, 41e6),
+        ("resnet32", 0.46e6, 69e6),
+        ("resnet56", 0.85e6, 126e6),
+        ("resnet18", 11.69e6, 1.82e9),
+        ("resnet50", 25.56e6, 4.11e9),
+    ],
+)
 def test_published_sizes(arch, parameters, macs):
     """He et al. 2016, table 6, and torchvision's documentation; multiply-adds within 3%."""
     cost = count_cost(build(arch, 10 if arch in SMALL else 1000))
@@ -24,7 +46,9 @@ def test_published_sizes(arch, parameters, macs):
 
 def test_architectures_cover_torchvision():
     names = architectures()
-    assert {"resnet18", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(names) and not any("swin" in n or "quant" in n for n in names)
+    assert {"resnet18", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(
+        names
+    ) and not any("swin" in n or "quant" in n for n in names)
     with pytest.raises(FinetuneError, match="choose from resnet20"):
         build("resnet21", 10)
 
@@ -48,7 +72,9 @@ def wrap(state, shape):
 def test_shapes_met_in_the_wild(shape, legacy, tmp_path):
     torch.manual_seed(0)
     net = build("resnet20", 7)
-    torch.save(wrap(net.state_dict(), shape), tmp_path / "x.th", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        wrap(net.state_dict(), shape), tmp_path / "x.th", _use_new_zipfile_serialization=not legacy
+    )
     found = load_resnet("resnet20", tmp_path / "x.th")
     assert found.info["num_classes"] == 7 and {row[3] for row in found.loading} == {"loaded"}
     for a, b in zip(net.state_dict().values(), found.state_dict().values()):
@@ -59,7 +85,9 @@ def test_another_number_of_classes_gets_a_new_head(tmp_path):
     net = build("resnet20", 7)
     torch.save(net.state_dict(), tmp_path / "x.pth")
     found = load_resnet("resnet20", tmp_path / "x.pth", num_classes=3)
-    assert found.fc.out_features == 3 and [row[0] for row in found.loading if row[3] == "new head"] == ["fc.bias", "fc.weight"]
+    assert found.fc.out_features == 3 and [
+        row[0] for row in found.loading if row[3] == "new head"
+    ] == ["fc.bias", "fc.weight"]
     assert torch.equal(found.conv1.weight, net.conv1.weight)
 
 
@@ -67,7 +95,11 @@ def test_another_architecture_names_tensors_and_shapes(tmp_path):
     torch.save(build("resnet32", 10).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(FinetuneError) as caught:
         load_resnet("resnet20", tmp_path / "deep.pth")
-    assert "layer1.3.bn1.bias" in str(caught.value) and "(16,)" in str(caught.value) and "not in the model" in str(caught.value)
+    assert (
+        "layer1.3.bn1.bias" in str(caught.value)
+        and "(16,)" in str(caught.value)
+        and "not in the model" in str(caught.value)
+    )
     with pytest.raises(FinetuneError, match="missing in the file|another shape"):
         load_resnet("resnet18", tmp_path / "deep.pth")
 
@@ -81,7 +113,11 @@ class Evil:
 def test_code_in_a_checkpoint_is_not_run(legacy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # would switch the default off
-    torch.save({"state_dict": {"conv1.weight": Evil()}}, "evil.pth", _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"state_dict": {"conv1.weight": Evil()}},
+        "evil.pth",
+        _use_new_zipfile_serialization=not legacy,
+    )
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
     for name in ("evil.pth", "plain.pth"):
         with pytest.raises(FinetuneError, match="evil.pth|plain.pth"):
@@ -95,12 +131,22 @@ def test_truncated(keep, tmp_path):
     save_model(build("resnet20", 10), tmp_path / "x.safetensors")
     for name in ("x.pth", "x.safetensors"):
         data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+        (tmp_path / name).write_bytes(
+            data[: keep if isinstance(keep, int) else int(len(data) * keep)]
+        )
         with pytest.raises(FinetuneError, match=name):
             load_resnet("resnet20", tmp_path / name)
 
 
-@pytest.mark.parametrize("content, words", [({}, "no state_dict"), ([1, 2], "no state_dict"), ({"a": torch.ones(2)}, "no last layer"), ({"fc.weight": torch.full((3, 64), float("nan"))}, "NaN")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({}, "no state_dict"),
+        ([1, 2], "no state_dict"),
+        ({"a": torch.ones(2)}, "no last layer"),
+        ({"fc.weight": torch.full((3, 64), float("nan"))}, "NaN"),
+    ],
+)
 def test_files_that_are_no_checkpoints(content, words, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(FinetuneError, match=words):
@@ -108,7 +154,11 @@ def test_files_that_are_no_checkpoints(content, words, tmp_path):
 
 
 def test_missing_file_and_wrong_combinations():
-    for arguments, words in ((("resnet20", "nowhere.pth"), "does not exist"), (("resnet18", "shipped"), "shipped weights are a resnet20"), (("resnet20", "imagenet"), "no ImageNet weights")):
+    for arguments, words in (
+        (("resnet20", "nowhere.pth"), "does not exist"),
+        (("resnet18", "shipped"), "shipped weights are a resnet20"),
+        (("resnet20", "imagenet"), "no ImageNet weights"),
+    ):
         with pytest.raises(FinetuneError, match=words):
             load_resnet(*arguments)
     with pytest.raises(FinetuneError, match="batchnorm"):
@@ -128,7 +178,9 @@ def test_imagenet_weights_from_a_loopback_server(tmp_path, monkeypatch):
     digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
     (tmp_path / "w.pth").rename(tmp_path / f"resnet18-{digest}.pth")
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
 
@@ -136,7 +188,9 @@ def test_imagenet_weights_from_a_loopback_server(tmp_path, monkeypatch):
         class DEFAULT:
             @staticmethod
             def get_state_dict(**options):
-                return torch.hub.load_state_dict_from_url(f"http://127.0.0.1:{server.server_port}/resnet18-{digest}.pth", **options)
+                return torch.hub.load_state_dict_from_url(
+                    f"http://127.0.0.1:{server.server_port}/resnet18-{digest}.pth", **options
+                )
 
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: Weights)
     try:
@@ -191,7 +245,9 @@ def test_to_input_is_torchvisions_normalisation():
 
     net = build("resnet20", 10)
     pixels = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
-    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(net.info["mean"], net.info["std"])])(pixels)
+    theirs = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(net.info["mean"], net.info["std"])]
+    )(pixels)
     assert torch.allclose(to_input(pixels, net), theirs, atol=1e-5)
 
 
@@ -210,7 +266,10 @@ def test_third_party_architecture_is_ours():
     block = _Block(4, 8, 2).eval()
     nn.init.zeros_(block.bn2.weight)
     x = torch.rand(1, 4, 6, 6)
-    assert torch.equal(block(x)[:, 2:6], x[:, :, ::2, ::2]) and block(x)[:, :2].abs().sum() == 0 == block(x)[:, 6:].abs().sum()
+    assert (
+        torch.equal(block(x)[:, 2:6], x[:, :, ::2, ::2])
+        and block(x)[:, :2].abs().sum() == 0 == block(x)[:, 6:].abs().sum()
+    )
 
 
 @needs_real_data

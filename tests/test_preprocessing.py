@@ -1,4 +1,5 @@
 """Label scores against published figures and an independent implementation; audits, twins, cleaning, and what is refused."""
+
 import errno
 import json
 import os
@@ -15,20 +16,44 @@ from sklearn.metrics import roc_auc_score
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.flags import pair_checks
-from finetune_nb.index import from_arrays
-from finetune_nb.neighbours import group_rows, near_duplicates, nearest, outlier_scores
-from finetune_nb.pixels import MEASURES, channel_statistics, denoise, measure_pixels, pixel_pass
-from finetune_nb.preprocessing import CHECKS, FILTERS, SCORES, audit, confident_joint, fold_of, label_issues, label_quality, out_of_fold
-from finetune_nb.review import read_decisions, review
+from finetune_nb.preprocessing.rules import pair_checks
+from finetune_nb.data.index import from_arrays
+from finetune_nb.preprocessing.neighbours import (
+    group_rows,
+    near_duplicates,
+    nearest,
+    outlier_scores,
+)
+from finetune_nb.preprocessing.pixels import (
+    MEASURES,
+    channel_statistics,
+    denoise,
+    measure_pixels,
+    pixel_pass,
+)
+from finetune_nb.preprocessing import (
+    CHECKS,
+    FILTERS,
+    SCORES,
+    audit,
+    confident_joint,
+    fold_of,
+    label_issues,
+    label_quality,
+    out_of_fold,
+)
+from finetune_nb.preprocessing.reviewing import read_decisions, review
 
 
 # Labels
 
+
 @needs_real_data
-@pytest.mark.parametrize("name, expected", [("cifar10s", .99688), ("cifar10n_aggregate", .97730)])
+@pytest.mark.parametrize("name, expected", [("cifar10s", 0.99688), ("cifar10n_aggregate", 0.97730)])
 def test_published_figures(name, expected):
-    with np.load(next((real_data() / "label_errors").glob(f"*{name}*.npz")), allow_pickle=False) as file:
+    with np.load(
+        next((real_data() / "label_errors").glob(f"*{name}*.npz")), allow_pickle=False
+    ) as file:
         p, y, truth = file["pred_probs"], file["noisy_labels"].astype(int), file["true_labels"]
     assert roc_auc_score(y != truth, -label_quality(p, y)) == pytest.approx(expected, abs=1e-4)
 
@@ -36,7 +61,7 @@ def test_published_figures(name, expected):
 def random_case(seed, n=300, k=5):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, k, n)
-    p = rng.dirichlet(np.full(k, .4), n)
+    p = rng.dirichlet(np.full(k, 0.4), n)
     p[np.arange(n), y] += rng.random(n)
     return p / p.sum(1, keepdims=True), y
 
@@ -48,11 +73,17 @@ def test_scores_row_by_row(seed, k):
     for i in range(len(y)):
         own, others = p[i, y[i]], [p[i, c] for c in range(k) if c != y[i]]
         entropy = -sum(v * np.log(v) for v in p[i] if v > 0) / np.log(k)
-        expected = {"self_confidence": own, "normalized_margin": (own - max(others) + 1) / 2, "confidence_weighted_entropy": np.log(entropy / own + 1) / (entropy / own)}
+        expected = {
+            "self_confidence": own,
+            "normalized_margin": (own - max(others) + 1) / 2,
+            "confidence_weighted_entropy": np.log(entropy / own + 1) / (entropy / own),
+        }
         for name, value in expected.items():
             assert label_quality(p, y, name)[i] == pytest.approx(value, rel=1e-6)
-    certain = np.array([[1., 0.], [0., 1.]])
-    assert label_quality(certain, np.array([0, 0]), "confidence_weighted_entropy")[0] == pytest.approx(1), "a certain, agreeing model is no suspicion"
+    certain = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert label_quality(certain, np.array([0, 0]), "confidence_weighted_entropy")[
+        0
+    ] == pytest.approx(1), "a certain, agreeing model is no suspicion"
 
 
 def slow_joint(p, y):
@@ -71,7 +102,9 @@ def slow_joint(p, y):
 def test_confident_joint_by_its_definition(seed):
     p, y = random_case(seed)
     assert (confident_joint(p, y) == slow_joint(p, y)).all()
-    assert label_issues(p, y, "confident_learning").sum() == confident_joint(p, y).sum() - np.trace(confident_joint(p, y))
+    assert label_issues(p, y, "confident_learning").sum() == confident_joint(p, y).sum() - np.trace(
+        confident_joint(p, y)
+    )
     assert (label_issues(p, y, "argmax") == (p.argmax(1) != y)).all()
 
 
@@ -82,7 +115,9 @@ def test_against_cleanlab(seed):
 
     p, y = random_case(seed)
     for name in SCORES:
-        np.testing.assert_allclose(label_quality(p, y, name), rank.get_label_quality_scores(y, p, method=name), atol=1e-6)
+        np.testing.assert_allclose(
+            label_quality(p, y, name), rank.get_label_quality_scores(y, p, method=name), atol=1e-6
+        )
     assert (confident_joint(p, y) == compute_confident_joint(y, p, calibrate=False)).all()
 
 
@@ -91,22 +126,22 @@ def test_planted_mistakes_are_found():
     truth = rng.integers(0, 4, 600)
     x = np.eye(4)[truth] * 5 + rng.normal(size=(600, 4))
     y = truth.copy()
-    wrong = rng.random(600) < .1
+    wrong = rng.random(600) < 0.1
     y[wrong] = (truth[wrong] + rng.integers(1, 4, wrong.sum())) % 4
-    p = out_of_fold(x, y, c=1.)
+    p = out_of_fold(x, y, c=1.0)
     for name in SCORES:
-        assert roc_auc_score(wrong, -label_quality(p, y, name)) > .95
+        assert roc_auc_score(wrong, -label_quality(p, y, name)) > 0.95
     for name in FILTERS:
         flag = label_issues(p, y, name)
-        assert wrong[flag].mean() > .6 and flag[wrong].mean() > .6, name
+        assert wrong[flag].mean() > 0.6 and flag[wrong].mean() > 0.6, name
 
 
 def test_out_of_fold_has_not_seen_the_row():
     """Features that are noise and a label of its own for each row: whoever has seen a row knows it, others cannot."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 400)), np.arange(200) % 2
-    quality = label_quality(out_of_fold(x, y, c=10.), y)
-    assert abs((quality > .5).mean() - .5) < .15
+    quality = label_quality(out_of_fold(x, y, c=10.0), y)
+    assert abs((quality > 0.5).mean() - 0.5) < 0.15
 
 
 def test_twins_lie_in_one_fold_and_classes_are_shared_out():
@@ -118,24 +153,36 @@ def test_twins_lie_in_one_fold_and_classes_are_shared_out():
     for c in range(3):
         count = np.bincount(fold[y == c], minlength=5)
         assert count.min() >= (y == c).sum() // 5 - 3
-    x = rng.normal(size=(160, 200)) * .01
+    x = rng.normal(size=(160, 200)) * 0.01
     x[80:] = x[:80] + 0  # each row has an exact twin, with a random label of its own pair
     labels = np.tile(rng.integers(0, 2, 80), 2)
+
     def right(groups):
-        return (out_of_fold(x, labels, c=100., groups=groups).argmax(1) == labels).mean()
-    assert right(None) > .8 > .65 > right(group_rows(160, np.arange(80), np.arange(80, 160))), "a twin in another fold gives the answer away"
+        return (out_of_fold(x, labels, c=100.0, groups=groups).argmax(1) == labels).mean()
+
+    assert right(None) > 0.8 > 0.65 > right(group_rows(160, np.arange(80), np.arange(80, 160))), (
+        "a twin in another fold gives the answer away"
+    )
 
 
 def test_random_labels_end_at_chance():
     rng = np.random.default_rng(1)
     y = rng.integers(0, 10, 1000)
     p = out_of_fold(rng.normal(size=(1000, 50)), y)
-    assert abs((p.argmax(1) == y).mean() - .1) < .05
+    assert abs((p.argmax(1) == y).mean() - 0.1) < 0.05
 
 
-@pytest.mark.parametrize("p, y, message", [
-    (np.ones((3, 2)) / 2, [0, 1], "do not match"), (np.ones((2, 2)) / 2, [0, 2], r"0 … 1"), (np.ones((2, 2)), [0, 1], "sum 1"),
-    (np.array([[np.nan, 1], [.5, .5]]), [0, 1], "finite"), (np.zeros((0, 2)), np.zeros(0, int), "empty"), (np.ones((2, 2)) / 2, [.5, 1.], "whole numbers")])
+@pytest.mark.parametrize(
+    "p, y, message",
+    [
+        (np.ones((3, 2)) / 2, [0, 1], "do not match"),
+        (np.ones((2, 2)) / 2, [0, 2], r"0 … 1"),
+        (np.ones((2, 2)), [0, 1], "sum 1"),
+        (np.array([[np.nan, 1], [0.5, 0.5]]), [0, 1], "finite"),
+        (np.zeros((0, 2)), np.zeros(0, int), "empty"),
+        (np.ones((2, 2)) / 2, [0.5, 1.0], "whole numbers"),
+    ],
+)
 def test_labels_that_do_not_fit(p, y, message):
     with pytest.raises(FinetuneError, match=message):
         label_quality(p, np.asarray(y))
@@ -143,8 +190,12 @@ def test_labels_that_do_not_fit(p, y, message):
 
 def test_names_that_do_not_exist():
     p, y = random_case(0)
-    for call in (lambda: label_quality(p, y, "entropy"), lambda: label_issues(p, y, "best"), lambda: denoise(np.zeros((1, 4, 4, 3), np.uint8), "wiener"),
-                 lambda: audit(load_images("digits", limit=20), checks=("labels",))):
+    for call in (
+        lambda: label_quality(p, y, "entropy"),
+        lambda: label_issues(p, y, "best"),
+        lambda: denoise(np.zeros((1, 4, 4, 3), np.uint8), "wiener"),
+        lambda: audit(load_images("digits", limit=20), checks=("labels",)),
+    ):
         with pytest.raises(FinetuneError, match="choose from"):
             call()
     with pytest.raises(FinetuneError, match="class 1 has 2 images, fewer than the 5 folds"):
@@ -153,30 +204,65 @@ def test_names_that_do_not_exist():
 
 # Pixels
 
+
 def slow_measures(image):
     """One image, by the definitions, in float64."""
-    grey = np.floor((image[..., 0] * 19595. + image[..., 1] * 38470. + image[..., 2] * 7471. + 2**15) / 2**16)  # ITU-R 601, as Pillow rounds it
-    rows = image[::4] if grey.size > 4096 else image  # of large images every fourth row tells the colour
+    grey = np.floor(
+        (image[..., 0] * 19595.0 + image[..., 1] * 38470.0 + image[..., 2] * 7471.0 + 2**15) / 2**16
+    )  # ITU-R 601, as Pillow rounds it
+    rows = (
+        image[::4] if grey.size > 4096 else image
+    )  # of large images every fourth row tells the colour
     share = np.bincount(grey.astype(int).ravel(), minlength=256) / grey.size
-    lap = np.array([[grey[i - 1, j] + grey[i + 1, j] + grey[i, j - 1] + grey[i, j + 1] - 4 * grey[i, j] for j in range(1, grey.shape[1] - 1)] for i in range(1, grey.shape[0] - 1)])
+    lap = np.array(
+        [
+            [
+                grey[i - 1, j] + grey[i + 1, j] + grey[i, j - 1] + grey[i, j + 1] - 4 * grey[i, j]
+                for j in range(1, grey.shape[1] - 1)
+            ]
+            for i in range(1, grey.shape[0] - 1)
+        ]
+    )
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
-    second = [abs((grey[i - 1:i + 2, j - 1:j + 2] * mask).sum()) for i in range(1, grey.shape[0] - 1) for j in range(1, grey.shape[1] - 1)]
+    second = [
+        abs((grey[i - 1 : i + 2, j - 1 : j + 2] * mask).sum())
+        for i in range(1, grey.shape[0] - 1)
+        for j in range(1, grey.shape[1] - 1)
+    ]
     ordered = np.sort(grey.ravel())
-    return {"contrast": grey.std(), "entropy": -sum(s * np.log2(s) for s in share if s), "sharpness": lap.var(), "noise": np.sort(second)[(len(second) - 1) // 2] / (6 * .6745),
-            "colour": (rows.max(2).astype(float) - rows.min(2)).mean(), "dark": ordered[int(np.ceil(.99 * grey.size)) - 1], "bright": ordered[int(np.ceil(.05 * grey.size)) - 1]}
+    return {
+        "contrast": grey.std(),
+        "entropy": -sum(s * np.log2(s) for s in share if s),
+        "sharpness": lap.var(),
+        "noise": np.sort(second)[(len(second) - 1) // 2] / (6 * 0.6745),
+        "colour": (rows.max(2).astype(float) - rows.min(2)).mean(),
+        "dark": ordered[int(np.ceil(0.99 * grey.size)) - 1],
+        "bright": ordered[int(np.ceil(0.05 * grey.size)) - 1],
+    }
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (32, 32), (90, 70)])
 def test_measures_by_their_definitions(shape):
     rng = np.random.default_rng(0)
-    images = np.stack([rng.integers(0, 256, (*shape, 3)), np.full((*shape, 3), 30), np.clip(rng.normal(120, 9, (*shape, 3)), 0, 255)]).astype(np.uint8)
+    images = np.stack(
+        [
+            rng.integers(0, 256, (*shape, 3)),
+            np.full((*shape, 3), 30),
+            np.clip(rng.normal(120, 9, (*shape, 3)), 0, 255),
+        ]
+    ).astype(np.uint8)
     found = measure_pixels(images)
     for i, image in enumerate(images):
         for name, value in slow_measures(image).items():
             assert found[name][i] == pytest.approx(value, rel=1e-4, abs=1e-3), name
         alone = measure_pixels(image[None])
-        assert all(alone[name][0] == found[name][i] for name in MEASURES) and (alone["thumb"][0] == found["thumb"][i]).all(), "images do not change each other"
-        assert (found["sums"][i] == image.reshape(-1, 3).astype(int).sum(0)).all() and (found["squares"][i] == (image.reshape(-1, 3).astype(int)**2).sum(0)).all()
+        assert (
+            all(alone[name][0] == found[name][i] for name in MEASURES)
+            and (alone["thumb"][0] == found["thumb"][i]).all()
+        ), "images do not change each other"
+        assert (found["sums"][i] == image.reshape(-1, 3).astype(int).sum(0)).all() and (
+            found["squares"][i] == (image.reshape(-1, 3).astype(int) ** 2).sum(0)
+        ).all()
 
 
 @pytest.mark.parametrize("sigma", [10, 25, 50])
@@ -184,7 +270,7 @@ def test_noise_is_estimated_in_grey_levels(sigma):
     rng = np.random.default_rng(0)
     edges = np.where(np.arange(96) // 24 % 2, 90, 160)[None, :, None] + np.zeros((96, 96, 3))
     noisy = np.clip(edges + rng.normal(0, sigma, (96, 96, 1)), 0, 255).astype(np.uint8)
-    assert measure_pixels(noisy[None])["noise"][0] == pytest.approx(sigma, rel=.12)
+    assert measure_pixels(noisy[None])["noise"][0] == pytest.approx(sigma, rel=0.12)
 
 
 def test_one_pixel_images_have_measures():
@@ -208,9 +294,11 @@ def test_each_image_is_decoded_once_and_done_parts_not_again(tmp_path, photos, m
     import finetune_nb.pixels as pixels
 
     count, original = [0], pixels.decode_rgb
+
     def counted(data):
         count[0] += 1
         return original(data)
+
     monkeypatch.setattr(pixels, "decode_rgb", counted)
     images = load_images(photos)
     audit(images, folder=tmp_path)
@@ -232,11 +320,22 @@ found.to_parquet(sys.argv[3])
 
 def test_ranks_share_an_audit(tmp_path, photos):
     def start(name, out, **environment):
-        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(photos), str(tmp_path / name), str(tmp_path / out)], env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
-    runs = [start("alone", "alone.parquet"), *(start("shared", f"rank{r}.parquet", RANK=str(r), WORLD_SIZE="2") for r in range(2))]
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(photos), str(tmp_path / name), str(tmp_path / out)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        )
+
+    runs = [
+        start("alone", "alone.parquet"),
+        *(start("shared", f"rank{r}.parquet", RANK=str(r), WORLD_SIZE="2") for r in range(2)),
+    ]
     assert [run.wait() for run in runs] == [0, 0, 0]
     import pyarrow.parquet as pq
-    alone, *ranks = (pq.read_table(tmp_path / name) for name in ("alone.parquet", "rank0.parquet", "rank1.parquet"))
+
+    alone, *ranks = (
+        pq.read_table(tmp_path / name)
+        for name in ("alone.parquet", "rank0.parquet", "rank1.parquet")
+    )
     assert all(one.equals(alone) for one in ranks)
 
 
@@ -258,7 +357,7 @@ def test_filters_remove_noise():
     noisy = np.clip(clean + rng.normal(0, 20, clean.shape), 0, 255).astype(np.uint8)
     before = np.abs(noisy - clean).mean()
     for method in ("median", "bilateral", "non-local means"):
-        assert np.abs(denoise(noisy, method, 30.) - clean).mean() < .75 * before, method
+        assert np.abs(denoise(noisy, method, 30.0) - clean).mean() < 0.75 * before, method
     assert denoise(noisy, "none") is noisy
     median = np.asarray(Image.fromarray(noisy[0]).filter(ImageFilter.MedianFilter(3)))
     assert (denoise(noisy, "median")[0] == median).all()
@@ -266,10 +365,11 @@ def test_filters_remove_noise():
 
 # Neighbours
 
+
 def test_neighbours_by_all_pairs_and_by_cells():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2500, 24))
-    x[2400:] = x[:100] + rng.normal(0, .03, (100, 24))
+    x[2400:] = x[:100] + rng.normal(0, 0.03, (100, 24))
     z = (x - x.mean(0)) / x.std(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     similarity = z @ z.T
@@ -283,14 +383,29 @@ def test_neighbours_by_all_pairs_and_by_cells():
 
 def test_odd_rows_score_high():
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(size=(200, 8)) + 4 * np.eye(8)[0], rng.normal(size=(200, 8)) - 4 * np.eye(8)[0], 12 * np.eye(8)[1:3]])
+    x = np.concatenate(
+        [
+            rng.normal(size=(200, 8)) + 4 * np.eye(8)[0],
+            rng.normal(size=(200, 8)) - 4 * np.eye(8)[0],
+            12 * np.eye(8)[1:3],
+        ]
+    )
     y = np.repeat([0, 1], [200, 202])
     y[5] = 1
-    assert set(np.argsort(-outlier_scores(nearest(x, 10)))[:2]) <= {400, 401} or outlier_scores(nearest(x, 10))[400:].min() > np.median(outlier_scores(nearest(x, 10)))
+    assert set(np.argsort(-outlier_scores(nearest(x, 10)))[:2]) <= {400, 401} or outlier_scores(
+        nearest(x, 10)
+    )[400:].min() > np.median(outlier_scores(nearest(x, 10)))
     assert np.argsort(-outlier_scores(nearest(x, 10), y))[:3].tolist().count(5) == 1
 
 
-@pytest.mark.parametrize("x, message", [(np.zeros((5,)), r"must be \[N, D\]"), (np.full((3, 2), np.nan), "3 rows of the features hold NaN"), (np.zeros((1, 4)), "no neighbours")])
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (np.zeros((5,)), r"must be \[N, D\]"),
+        (np.full((3, 2), np.nan), "3 rows of the features hold NaN"),
+        (np.zeros((1, 4)), "no neighbours"),
+    ],
+)
 def test_features_that_have_no_neighbours(x, message):
     with pytest.raises(FinetuneError, match=message):
         nearest(x)
@@ -304,19 +419,27 @@ def test_constant_columns_do_no_harm():
 
 # Audits
 
+
 @pytest.fixture
 def dirty(tmp_path):
     """Photographs of two splits with one defect of each kind, by name."""
     folder = make_photos(tmp_path / "photos", classes=2, each=24, split=True)
     rng = np.random.default_rng(0)
-    place = lambda split, c, name: folder / split / f"class{c}" / name
+
+    def place(split, c, name):
+        return folder / split / f"class{c}" / name
+
     (place("train", 0, "zz_text.jpg")).write_bytes(b"<html>not found</html>")
     whole = place("train", 1, "000.jpg").read_bytes()
-    place("train", 1, "zz_cut.jpg").write_bytes(whole[:len(whole) * 2 // 3])
+    place("train", 1, "zz_cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
     Image.new("RGB", (60, 60), (3, 2, 4)).save(place("train", 0, "zz_dark.png"))
     Image.new("RGB", (60, 60), (250, 252, 249)).save(place("train", 0, "zz_bright.png"))
-    Image.fromarray(rng.integers(0, 255, (50, 900, 3), np.uint8)).save(place("train", 1, "zz_wide.png"))
-    Image.fromarray(np.repeat(rng.integers(0, 255, (60, 60, 1), np.uint8), 3, 2)).save(place("train", 0, "zz_grey.png"))
+    Image.fromarray(rng.integers(0, 255, (50, 900, 3), np.uint8)).save(
+        place("train", 1, "zz_wide.png")
+    )
+    Image.fromarray(np.repeat(rng.integers(0, 255, (60, 60, 1), np.uint8), 3, 2)).save(
+        place("train", 0, "zz_grey.png")
+    )
     place("train", 0, "zz_copy.jpg").write_bytes(place("train", 0, "000.jpg").read_bytes())
     place("train", 1, "zz_leak.png").write_bytes(place("test", 1, "003.png").read_bytes())
     return folder
@@ -328,10 +451,19 @@ def flagged(found, check):
 
 def test_each_defect_is_named(dirty):
     found = audit(load_images(dirty))
-    for check, name in {"unreadable": "zz_text.jpg", "dark": "zz_dark.png", "bright": "zz_bright.png", "odd_aspect": "zz_wide.png", "grey": "zz_grey.png", "leak": "zz_leak.png"}.items():
+    for check, name in {
+        "unreadable": "zz_text.jpg",
+        "dark": "zz_dark.png",
+        "bright": "zz_bright.png",
+        "odd_aspect": "zz_wide.png",
+        "grey": "zz_grey.png",
+        "leak": "zz_leak.png",
+    }.items():
         assert name in flagged(found, check), (check, flagged(found, check))
     assert flagged(found, "exact_duplicate") == {"zz_copy.jpg"}
-    assert flagged(found, "truncated") == {"zz_cut.jpg"} or "zz_cut.jpg" in flagged(found, "unreadable")
+    assert flagged(found, "truncated") == {"zz_cut.jpg"} or "zz_cut.jpg" in flagged(
+        found, "unreadable"
+    )
     assert {"zz_dark.png", "zz_bright.png"} <= flagged(found, "low_contrast")
     assert not any(found.keys[i].startswith("test/") for i in found.suspects("leak"))
     assert "labels were not judged" in found.summary()
@@ -345,7 +477,10 @@ def test_cleaning_keeps_reasons_and_is_undone(dirty, tmp_path):
     reasons = dict(found.set_aside)
     assert len(kept) + len(reasons) == len(images) == len(found.images)
     assert next(r for k, r in reasons.items() if k.endswith("zz_leak.png")) == ["leak"]
-    assert {row["key"]: row["reasons"] for row in json.loads((tmp_path / "audit/set_aside.json").read_text())} == reasons
+    assert {
+        row["key"]: row["reasons"]
+        for row in json.loads((tmp_path / "audit/set_aside.json").read_text())
+    } == reasons
     assert len(found.clean(checks=())) == len(images)
     assert before == {path: path.read_bytes() for path in dirty.rglob("*.*")}
 
@@ -353,7 +488,10 @@ def test_cleaning_keeps_reasons_and_is_undone(dirty, tmp_path):
 def test_decisions_outlive_the_process(dirty, tmp_path):
     images = load_images(dirty)
     found = audit(images, folder=tmp_path)
-    leak, other = int(found.suspects("leak")[0]), int(np.flatnonzero((images.labels == 0) & ~np.any(list(found.flags.values()), 0))[0])
+    leak, other = (
+        int(found.suspects("leak")[0]),
+        int(np.flatnonzero((images.labels == 0) & ~np.any(list(found.flags.values()), 0))[0]),
+    )
     found.decide(leak, "keep")
     found.decide(other, "class1")
     with open(tmp_path / "decisions.jsonl", "a") as file:
@@ -361,9 +499,15 @@ def test_decisions_outlive_the_process(dirty, tmp_path):
     again = audit(images, folder=tmp_path)
     kept = again.clean()
     keys = kept.table["key"].take(np.asarray(kept.rows_at(np.arange(len(kept))))).to_pylist()
-    assert again.keys[leak] in keys and kept.labels[keys.index(again.keys[other])] == 1 and images.labels[other] == 0
+    assert (
+        again.keys[leak] in keys
+        and kept.labels[keys.index(again.keys[other])] == 1
+        and images.labels[other] == 0
+    )
     again.decide(other, "drop")
-    assert read_decisions(tmp_path / "decisions.jsonl")[again.keys[other]] == "drop", "a line after a broken one must count"
+    assert read_decisions(tmp_path / "decisions.jsonl")[again.keys[other]] == "drop", (
+        "a line after a broken one must count"
+    )
     with pytest.raises(FinetuneError, match="no decision: say keep, drop"):
         again.decide(0, "class7")
 
@@ -386,7 +530,11 @@ def test_widget_saves_as_it_goes(dirty, tmp_path):
 def test_every_check_can_be_shown(dirty, check):
     images = load_images(dirty)
     rng = np.random.default_rng(0)
-    figure = audit(images, np.repeat(images.labels[:, None], 9, 1) + rng.normal(0, .6, (len(images), 9)), folds=3).show(check)
+    figure = audit(
+        images,
+        np.repeat(images.labels[:, None], 9, 1) + rng.normal(0, 0.6, (len(images), 9)),
+        folds=3,
+    ).show(check)
     assert figure.axes
 
 
@@ -402,14 +550,17 @@ def test_cleaning_must_leave_every_class(dirty):
 def test_a_class_with_one_image_is_not_judged():
     rng = np.random.default_rng(0)
     images = from_arrays(rng.integers(0, 255, (61, 8, 8, 3), np.uint8), np.r_[np.arange(60) % 2, 2])
-    found = audit(images, np.repeat(images.labels[:, None], 9, 1) + rng.normal(0, .6, (61, 9)))
+    found = audit(images, np.repeat(images.labels[:, None], 9, 1) + rng.normal(0, 0.6, (61, 9)))
     assert "1 classes have fewer than 5 images" in found.summary() and not found.flags["label"][60]
 
 
 def test_features_that_cannot_tell_rows_apart():
     rng = np.random.default_rng(0)
     images = from_arrays(rng.integers(0, 255, (60, 8, 8, 3), np.uint8), np.arange(60) % 2)
-    assert "too alike to tell twins" in audit(images, np.eye(2)[images.labels] + rng.normal(0, .01, (60, 2))).summary()
+    assert (
+        "too alike to tell twins"
+        in audit(images, np.eye(2)[images.labels] + rng.normal(0, 0.01, (60, 2))).summary()
+    )
 
 
 def test_rows_must_match(dirty):
@@ -424,19 +575,35 @@ def test_rows_must_match(dirty):
 
 def test_twins_across_and_within():
     nothing = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
-    _, flag, shown = pair_checks(np.array([5, 5, 5, 6, 0, 0], np.uint64), nothing, ["train", "train", "test", "valid", "train", "train"])
-    assert flag["leak"].tolist() == [False, True, False, False, False, False] and flag["exact_duplicate"].tolist() == [False, True, False, False, False, False]
-    _, flag, _ = pair_checks(np.arange(1, 5, dtype=np.uint64), (np.array([0, 2]), np.array([1, 3]), np.array([.99, .97])), ["valid", "test", "train", "train"])
-    assert flag["leak"].tolist() == [True, False, False, False] and flag["near_duplicate"].tolist() == [False, False, False, True]
+    _, flag, shown = pair_checks(
+        np.array([5, 5, 5, 6, 0, 0], np.uint64),
+        nothing,
+        ["train", "train", "test", "valid", "train", "train"],
+    )
+    assert flag["leak"].tolist() == [False, True, False, False, False, False] and flag[
+        "exact_duplicate"
+    ].tolist() == [False, True, False, False, False, False]
+    _, flag, _ = pair_checks(
+        np.arange(1, 5, dtype=np.uint64),
+        (np.array([0, 2]), np.array([1, 3]), np.array([0.99, 0.97])),
+        ["valid", "test", "train", "train"],
+    )
+    assert flag["leak"].tolist() == [True, False, False, False] and flag[
+        "near_duplicate"
+    ].tolist() == [False, False, False, True]
 
 
 def test_full_disk_leaves_what_was_decided(dirty, tmp_path, monkeypatch):
     found = audit(load_images(dirty), folder=tmp_path)
     found.decide(0, "keep")
+
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FinetuneError, match="could not be written.*No space left.*earlier ones are kept"):
+    with pytest.raises(
+        FinetuneError, match="could not be written.*No space left.*earlier ones are kept"
+    ):
         found.decide(1, "drop")
     assert read_decisions(tmp_path / "decisions.jsonl")[found.keys[0]] == "keep"
 
@@ -444,5 +611,7 @@ def test_full_disk_leaves_what_was_decided(dirty, tmp_path, monkeypatch):
 @needs_real_data
 def test_hymenoptera_picture_of_nothing_is_found():
     images = load_images("hymenoptera")
-    found = audit(images, checks=("odd_size", "odd_aspect", "low_contrast", "blurred", "grey", "unreadable"))
+    found = audit(
+        images, checks=("odd_size", "odd_aspect", "low_contrast", "blurred", "grey", "unreadable")
+    )
     assert len(found) == len(images) and sum(flag.sum() for flag in found.flags.values()) > 0

@@ -1,4 +1,5 @@
 """Properties that hold for any input, and files damaged at random."""
+
 import io
 import os
 
@@ -9,17 +10,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune_nb.batches import AUGMENTATIONS, crop_box, epoch_order
+from finetune_nb.data.batches import AUGMENTATIONS, crop_box, epoch_order
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError, fingerprint, keyed_uniform, mix64, write_atomic
 from finetune_nb.evaluation import Evaluation, mcnemar, metrics, wilson
-from finetune_nb.index import from_arrays
+from finetune_nb.data.index import from_arrays
 from finetune_nb.models import build, load_resnet, read_checkpoint
-from finetune_nb.sources import BadImage, _plain_jpeg, decode_rgb, fit_square, npy_bytes, open_rgb, raw_pixels
+from finetune_nb.data.sources import (
+    BadImage,
+    _plain_jpeg,
+    decode_rgb,
+    fit_square,
+    npy_bytes,
+    open_rgb,
+    raw_pixels,
+)
 from finetune_nb.training import Recipe, rate
 
 LONG = bool(os.environ.get("FINETUNE_NB_FUZZ"))
-settings.register_profile("here", max_examples=2000 if LONG else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile(
+    "here",
+    max_examples=2000 if LONG else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("here")
 seeds, epochs = st.integers(0, 2**63), st.integers(0, 10_000)
 
@@ -39,7 +53,10 @@ def test_order_looks_random():
     counts = np.bincount(first.ravel(), minlength=n)
     assert abs(counts - epochs * 5 / n).max() < 6 * np.sqrt(epochs * 5 / n)
     order = epoch_order(100_000, 3, 0, np.arange(100_000))
-    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02 and abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.02
+    assert (
+        abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+        and abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.02
+    )
 
 
 @given(seeds, epochs, st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.integers(1, 8))
@@ -70,14 +87,21 @@ def test_augmentation_is_pointwise(name, n, size, seed):
     u = keyed_uniform(seed, 0, np.arange(n), 8)
     whole = AUGMENTATIONS[name](pixels, u)
     assert whole.shape == pixels.shape and whole.dtype == np.uint8
-    alone = np.concatenate([AUGMENTATIONS[name](pixels[i:i + 1], u[i:i + 1]) for i in range(n)])
+    alone = np.concatenate([AUGMENTATIONS[name](pixels[i : i + 1], u[i : i + 1]) for i in range(n)])
     assert np.array_equal(whole, alone)
 
 
 @given(st.lists(st.floats(0, 0.999), min_size=8, max_size=8), st.floats(0.05, 20))
 def test_crop_lies_inside(u, ratio):
     left, top, width, height = crop_box(u, ratio)
-    assert 0 <= left and 0 <= top and left + width <= 1 + 1e-9 and top + height <= 1 + 1e-9 and width > 0 and height > 0
+    assert (
+        0 <= left
+        and 0 <= top
+        and left + width <= 1 + 1e-9
+        and top + height <= 1 + 1e-9
+        and width > 0
+        and height > 0
+    )
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40), st.floats(0.3, 1))
@@ -91,23 +115,43 @@ def test_raw_pixels_round_trip(h, w):
     assert np.array_equal(raw_pixels(npy_bytes(pixels)), pixels)
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.booleans(), st.integers(1, 100), st.sampled_from([0, 1, 2]), st.booleans(), st.booleans())
-def test_the_fast_decoder_gives_the_pixels_of_pillow(width, height, grey, quality, subsampling, progressive, smooth):
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(1, 100),
+    st.sampled_from([0, 1, 2]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_fast_decoder_gives_the_pixels_of_pillow(
+    width, height, grey, quality, subsampling, progressive, smooth
+):
     draw = np.random.default_rng(width * 100 + height)
-    pixels = np.full((height, width, 3), 90, np.uint8) if smooth else draw.integers(0, 256, (height, width, 3), np.uint8)
+    pixels = (
+        np.full((height, width, 3), 90, np.uint8)
+        if smooth
+        else draw.integers(0, 256, (height, width, 3), np.uint8)
+    )
     image, buffer = Image.fromarray(pixels).convert("L" if grey else "RGB"), io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
     assert _plain_jpeg(buffer.getvalue()) == (width, height)
-    assert np.array_equal(decode_rgb(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB")))
+    assert np.array_equal(
+        decode_rgb(buffer.getvalue()), np.asarray(Image.open(buffer).convert("RGB"))
+    )
 
 
 def picture(kind):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(buffer, kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(
+        buffer, kind
+    )
     return buffer.getvalue()
 
 
-PICTURES = {kind: picture(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")} | {"NPY": npy_bytes(np.zeros((5, 6, 3), np.uint8))}
+PICTURES = {
+    kind: picture(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+} | {"NPY": npy_bytes(np.zeros((5, 6, 3), np.uint8))}
 
 
 @given(st.sampled_from(sorted(PICTURES)), st.integers(0, 2**32), st.booleans())
@@ -182,7 +226,9 @@ def test_rate_is_never_negative_or_above_one(total, schedule, warmup):
     assert rate(0, total, recipe) > 0
 
 
-@given(st.lists(st.integers(0, 4), min_size=4, max_size=80), st.floats(0.05, 0.9), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 4), min_size=4, max_size=80), st.floats(0.05, 0.9), st.integers(0, 99)
+)
 def test_dividing_loses_and_doubles_nothing(labels, share, seed):
     images = from_arrays(np.zeros((len(labels), 2, 2), np.uint8), np.array(labels), list("abcde"))
     rest, part = images.divide(share, seed)
@@ -216,7 +262,7 @@ def test_data_fingerprint_changes_with_anything():
     base = images.fingerprint()
     pixels = images.memory.copy()
     pixels[int(images.rows_at([0])[0]), 0, 0, 0] ^= 1
-    from finetune_nb.index import Images
+    from finetune_nb.data.index import Images
 
     assert Images(images.table, images.rows, pixels).fingerprint() != base
     assert images.select(np.arange(49)).fingerprint() != base and images.fingerprint() == base

@@ -1,4 +1,5 @@
 """Every strategy: what moves, what rests, the arithmetic against an oracle, and runs that are broken off."""
+
 import copy
 import math
 
@@ -8,21 +9,45 @@ import torch
 import torch.nn.functional as F
 from test_training import SMALL, break_and_resume, digest, net, parts, quiet  # noqa: F401
 
-from finetune_nb.engine import STRATEGIES, Loop, apply_strategy
+from finetune_nb.training.loop import STRATEGIES, Loop, apply_strategy
 from finetune_nb.environment import FinetuneError
 from finetune_nb.models import load_model, load_resnet, to_input
-from finetune_nb.optimizers import ScheduleFree
-from finetune_nb.strategies import LowRankConv2d, layer_groups, relative_gradients
+from finetune_nb.training.optimizers import ScheduleFree
+from finetune_nb.training.strategies import LowRankConv2d, layer_groups, relative_gradients
 from finetune_nb.training import Recipe, Run
 
-PLAIN = dict(schedule="constant", warmup=0, weight_decay=0, clip_norm=0, momentum=0, epochs=1, batch_size=500, channels_last=False)
-VARIANTS = [{"strategy": "lp-ft"}, {"strategy": "gradual", "epochs": 3}, {"strategy": "discriminative"}, {"strategy": "surgical"}, {"strategy": "surgical", "layers": ("layer1",)},
-            {"strategy": "auto-rgn"}, {"strategy": "norm-only"}, {"strategy": "lora"}, {"strategy": "lora", "patience": 1, "epochs": 3}, {"strategy": "l2-sp"}, {"sam": .05}, {"swa": .5},
-            {"optimizer": "schedule-free", "schedule": "constant"}, {"strategy": "lora", "ema": .9}]
+PLAIN = dict(
+    schedule="constant",
+    warmup=0,
+    weight_decay=0,
+    clip_norm=0,
+    momentum=0,
+    epochs=1,
+    batch_size=500,
+    channels_last=False,
+)
+VARIANTS = [
+    {"strategy": "lp-ft"},
+    {"strategy": "gradual", "epochs": 3},
+    {"strategy": "discriminative"},
+    {"strategy": "surgical"},
+    {"strategy": "surgical", "layers": ("layer1",)},
+    {"strategy": "auto-rgn"},
+    {"strategy": "norm-only"},
+    {"strategy": "lora"},
+    {"strategy": "lora", "patience": 1, "epochs": 3},
+    {"strategy": "l2-sp"},
+    {"sam": 0.05},
+    {"swa": 0.5},
+    {"optimizer": "schedule-free", "schedule": "constant"},
+    {"strategy": "lora", "ema": 0.9},
+]
 
 
 def moved(before, after):
-    return {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    return {
+        name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])
+    }
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -30,14 +55,26 @@ def moved(before, after):
 def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeypatch):
     recipe = SMALL.replace(**changes)
     whole, resumed = break_and_resume(parts, tmp_path, recipe, steps, monkeypatch)
-    assert digest(resumed) == digest(whole) == digest(load_model(tmp_path)) and Run.load(tmp_path).recipe == recipe
+    assert (
+        digest(resumed) == digest(whole) == digest(load_model(tmp_path))
+        and Run.load(tmp_path).recipe == recipe
+    )
 
 
-@pytest.mark.parametrize("name, learns", [("norm-only", None), ("lora", None), ("surgical", {"layer2", "fc"}), ("head", {"fc"})])
+@pytest.mark.parametrize(
+    "name, learns",
+    [("norm-only", None), ("lora", None), ("surgical", {"layer2", "fc"}), ("head", {"fc"})],
+)
 def test_what_moves_and_what_rests(parts, name, learns):
     model = net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quiet(model, parts[0], recipe=SMALL.replace(strategy=name, layers=("layer2",) if name == "surgical" else (), weight_decay=.1))
+    quiet(
+        model,
+        parts[0],
+        recipe=SMALL.replace(
+            strategy=name, layers=("layer2",) if name == "surgical" else (), weight_decay=0.1
+        ),
+    )
     after = model.state_dict()
     assert list(after) == list(before), "the net must be what it was, name for name"
     if learns:
@@ -46,7 +83,9 @@ def test_what_moves_and_what_rests(parts, name, learns):
         if key.endswith("conv1.weight") and name == "norm-only":
             assert torch.equal(before[key], after[key])
         if ".bn" in key and name == "lora":
-            assert torch.equal(before[key], after[key]), f"{key}: a frozen norm keeps its statistics, too"
+            assert torch.equal(before[key], after[key]), (
+                f"{key}: a frozen norm keeps its statistics, too"
+            )
     if name == "lora":
         change = (after["layer2.0.conv2.weight"] - before["layer2.0.conv2.weight"]).flatten(1)
         assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-4) <= 8
@@ -59,18 +98,40 @@ def test_gradual_frees_from_the_top_and_discriminative_slows_to_the_bottom():
         recipe, free = Recipe(strategy="gradual", epochs=epochs), []
         for epoch in range(epochs):
             scales = apply_strategy(model, recipe, epoch)
-            free.append({group for group, names in layer_groups(model).items() if all(scales[n] > 0 for n in names)})
-        assert free[0] == {"fc"} and free[-1] == set(groups) and all(a <= b for a, b in zip(free, free[1:]))
-        assert all(f == set(groups[:len(f)]) for f in free)
+            free.append(
+                {
+                    group
+                    for group, names in layer_groups(model).items()
+                    if all(scales[n] > 0 for n in names)
+                }
+            )
+        assert (
+            free[0] == {"fc"}
+            and free[-1] == set(groups)
+            and all(a <= b for a, b in zip(free, free[1:]))
+        )
+        assert all(f == set(groups[: len(f)]) for f in free)
     scales = apply_strategy(model, Recipe(strategy="discriminative", layer_decay=2.6), 0)
-    assert scales["fc"] == 1 and scales["layer3"] == pytest.approx(1 / 2.6) and scales["conv1"] == scales["bn1"] == pytest.approx(2.6**-4)
+    assert (
+        scales["fc"] == 1
+        and scales["layer3"] == pytest.approx(1 / 2.6)
+        and scales["conv1"] == scales["bn1"] == pytest.approx(2.6**-4)
+    )
 
 
 def test_lp_ft_has_two_schedules(parts):
-    run = quiet(net(), parts[0], recipe=SMALL.replace(strategy="lp-ft", epochs=4, body_lr=.1, schedule="cosine", warmup=0))
+    run = quiet(
+        net(),
+        parts[0],
+        recipe=SMALL.replace(strategy="lp-ft", epochs=4, body_lr=0.1, schedule="cosine", warmup=0),
+    )
     assert [row["trained"] for row in run.history] == ["fc", "fc", "all", "all"]
     rates = [row["rate"] for row in run.history]
-    assert rates[0] == pytest.approx(rates[2]) and rates[1] == pytest.approx(rates[3]) and rates[1] < rates[0] / 5
+    assert (
+        rates[0] == pytest.approx(rates[2])
+        and rates[1] == pytest.approx(rates[3])
+        and rates[1] < rates[0] / 5
+    )
     with pytest.raises(FinetuneError, match="needs 2 epochs"):
         quiet(net(), parts[0], recipe=SMALL.replace(strategy="lp-ft", epochs=1))
 
@@ -88,25 +149,35 @@ def one_batch(images):
 
 def test_l2_sp_is_its_penalty(parts):
     """One step from the start is a plain step, as the pull is zero there; the second one has the gradient of pull/2 |w − w0|²."""
-    recipe = Recipe(strategy="l2-sp", pull=.3, lr=.05, **PLAIN | {"epochs": 2})
+    recipe = Recipe(strategy="l2-sp", pull=0.3, lr=0.05, **PLAIN | {"epochs": 2})
     start, model, oracle = net(), net(), net()
     quiet(model, parts[0], recipe=recipe)
     for epoch in range(2):
-        batch = next(iter(parts[0].loader(batch_size=500, size=32, shuffle=True, seed=recipe.seed, epoch=epoch)))
+        batch = next(
+            iter(
+                parts[0].loader(
+                    batch_size=500, size=32, shuffle=True, seed=recipe.seed, epoch=epoch
+                )
+            )
+        )
         oracle.train()
         loss = F.cross_entropy(oracle(to_input(batch.pixels, oracle)), batch.labels)
-        loss = loss + .3 / 2 * sum(((p - q.detach()) ** 2).sum() for (name, p), q in zip(oracle.named_parameters(), start.parameters()) if not name.startswith("fc."))
+        loss = loss + 0.3 / 2 * sum(
+            ((p - q.detach()) ** 2).sum()
+            for (name, p), q in zip(oracle.named_parameters(), start.parameters())
+            if not name.startswith("fc.")
+        )
         oracle.zero_grad()
         loss.backward()
         with torch.no_grad():
             for p in oracle.parameters():
-                p -= .05 * p.grad
+                p -= 0.05 * p.grad
     for (name, a), b in zip(model.named_parameters(), oracle.parameters()):
         assert torch.allclose(a, b, atol=2e-5), name
 
 
 def test_sam_is_a_step_with_the_gradient_of_the_worst_point(parts):
-    recipe = Recipe(sam=.1, lr=.05, **PLAIN)
+    recipe = Recipe(sam=0.1, lr=0.05, **PLAIN)
     model, start = net(), net()
     quiet(model, parts[0], recipe=recipe)
     batch = one_batch(parts[0])
@@ -115,17 +186,19 @@ def test_sam_is_a_step_with_the_gradient_of_the_worst_point(parts):
     away = copy.deepcopy(start)
     with torch.no_grad():
         for p, g in zip(away.parameters(), here.values()):
-            p += .1 / length * g.grad
+            p += 0.1 / length * g.grad
     there = gradients(away, batch)
     for (name, a), b in zip(model.named_parameters(), start.parameters()):
-        assert torch.allclose(a, b - .05 * there[name].grad, atol=2e-5), name
+        assert torch.allclose(a, b - 0.05 * there[name].grad, atol=2e-5), name
     twin = copy.deepcopy(start).train()
     twin(to_input(batch.pixels, twin))  # one pass only may move the running statistics
-    assert torch.allclose(model.bn1.running_mean, twin.bn1.running_mean, atol=1e-5) and int(model.bn1.num_batches_tracked) == int(twin.bn1.num_batches_tracked)
+    assert torch.allclose(model.bn1.running_mean, twin.bn1.running_mean, atol=1e-5) and int(
+        model.bn1.num_batches_tracked
+    ) == int(twin.bn1.num_batches_tracked)
 
 
 def test_swa_is_the_mean_of_the_last_weights(parts):
-    recipe, seen = Recipe(swa=.5, **PLAIN | {"epochs": 4}), []
+    recipe, seen = Recipe(swa=0.5, **PLAIN | {"epochs": 4}), []
     original = Loop._follow
 
     def follow(self, step):
@@ -146,15 +219,15 @@ def test_schedule_free_by_its_definition():
     generator = torch.Generator().manual_seed(3)
     p = torch.nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64))
     x = z = p.detach().clone()
-    optimizer, total = ScheduleFree([p], lr=.1, momentum=.9, weight_decay=.01), 0.
+    optimizer, total = ScheduleFree([p], lr=0.1, momentum=0.9, weight_decay=0.01), 0.0
     for step in range(20):
-        lr = .1 * min(1, (step + 1) / 5)
+        lr = 0.1 * min(1, (step + 1) / 5)
         optimizer.param_groups[0]["lr"] = lr
-        y = .1 * z + .9 * x
+        y = 0.1 * z + 0.9 * x
         assert torch.allclose(p.detach(), y, atol=1e-12) or step == 0
         p.grad = torch.randn(7, generator=generator, dtype=torch.float64)
         total += lr**2
-        z = z - lr * (p.grad + .01 * y)
+        z = z - lr * (p.grad + 0.01 * y)
         x = x + lr**2 / total * (z - x)
         optimizer.step()
     assert torch.allclose(optimizer.state[p]["x"], x, atol=1e-12)
@@ -166,7 +239,11 @@ def test_relative_gradients_by_autograd_and_nothing_moves(parts):
     model = net()
     before, asked = digest(model), [p.requires_grad for p in model.parameters()]
     found = relative_gradients(model, parts[0], limit=10_000)
-    assert digest(model) == before and [p.requires_grad for p in model.parameters()] == asked and all(p.grad is None for p in model.parameters())
+    assert (
+        digest(model) == before
+        and [p.requires_grad for p in model.parameters()] == asked
+        and all(p.grad is None for p in model.parameters())
+    )
     twin = copy.deepcopy(model).double().eval()
     pixels = torch.cat([b.pixels for b in parts[0].loader(batch_size=500, size=32)])
     labels = torch.cat([b.labels for b in parts[0].loader(batch_size=500, size=32)])
@@ -174,7 +251,9 @@ def test_relative_gradients_by_autograd_and_nothing_moves(parts):
     for group, names in layer_groups(twin).items():
         if group != "fc":
             weights = [p for n in names for p in getattr(twin, n).parameters() if p.ndim > 1]
-            expected = math.sqrt(sum((p.grad**2).sum() for p in weights).item()) / math.sqrt(sum((p.detach()**2).sum() for p in weights))
+            expected = math.sqrt(sum((p.grad**2).sum() for p in weights).item()) / math.sqrt(
+                sum((p.detach() ** 2).sum() for p in weights)
+            )
             assert found[group] == pytest.approx(float(expected), rel=1e-3), group
 
 
@@ -186,14 +265,26 @@ def test_auto_rgn_gives_the_keenest_layer_the_full_rate(parts):
         seen.append({group["layer"]: group["lr"] for group in loop.optimizer.param_groups})
 
     import dataclasses
-    STRATEGIES["auto-rgn"], kept = dataclasses.replace(STRATEGIES["auto-rgn"], gradients=watch), STRATEGIES["auto-rgn"]
+
+    STRATEGIES["auto-rgn"], kept = (
+        dataclasses.replace(STRATEGIES["auto-rgn"], gradients=watch),
+        STRATEGIES["auto-rgn"],
+    )
     try:
-        quiet(net(), parts[0], recipe=SMALL.replace(strategy="auto-rgn", schedule="constant", warmup=0))
+        quiet(
+            net(),
+            parts[0],
+            recipe=SMALL.replace(strategy="auto-rgn", schedule="constant", warmup=0),
+        )
     finally:
         STRATEGIES["auto-rgn"] = kept
     for rates in seen:
         body = [value for name, value in rates.items() if name != "fc"]
-        assert max(body) == pytest.approx(SMALL.lr) and 0 < min(body) < SMALL.lr and rates["fc"] == pytest.approx(SMALL.lr)
+        assert (
+            max(body) == pytest.approx(SMALL.lr)
+            and 0 < min(body) < SMALL.lr
+            and rates["fc"] == pytest.approx(SMALL.lr)
+        )
 
 
 def test_low_rank_starts_at_nothing_and_merges_exactly():
@@ -204,12 +295,27 @@ def test_low_rank_starts_at_nothing_and_merges_exactly():
     with torch.no_grad():
         change.up.normal_()
     plain = change.merged()
-    assert type(plain) is torch.nn.Conv2d and torch.equal(plain(x), change(x)) and not torch.equal(plain(x), conv(x))
+    assert (
+        type(plain) is torch.nn.Conv2d
+        and torch.equal(plain(x), change(x))
+        and not torch.equal(plain(x), conv(x))
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"strategy": "lora2"}, "choose from full, head, lp-ft"), ({"rank": 0}, "must be 1 or more"), ({"pull": float("nan")}, "finite number"), ({"swa": .5, "ema": .9}, "set ema=0"),
-    ({"optimizer": "schedule-free"}, 'schedule="constant"'), ({"sam": -1}, "finite number"), ({"layer_decay": .5}, "1 or more"), ({"ramp": 1.5}, "share of the steps"), ({"lr": float("nan")}, "finite number")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"strategy": "lora2"}, "choose from full, head, lp-ft"),
+        ({"rank": 0}, "must be 1 or more"),
+        ({"pull": float("nan")}, "finite number"),
+        ({"swa": 0.5, "ema": 0.9}, "set ema=0"),
+        ({"optimizer": "schedule-free"}, 'schedule="constant"'),
+        ({"sam": -1}, "finite number"),
+        ({"layer_decay": 0.5}, "1 or more"),
+        ({"ramp": 1.5}, "share of the steps"),
+        ({"lr": float("nan")}, "finite number"),
+    ],
+)
 def test_recipes_that_cannot_work(changes, message):
     with pytest.raises(FinetuneError, match=message):
         SMALL.replace(**changes)
@@ -228,11 +334,22 @@ def test_every_strategy_fits_every_kind_of_resnet(parts, arch):
         torch.manual_seed(0)
         model = load_resnet(arch, None, 10)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        recipe = SMALL.replace(strategy=name, epochs=2 if name == "lp-ft" else 1, batch_size=8, size=32, augment="none", warmup=0.)
+        recipe = SMALL.replace(
+            strategy=name,
+            epochs=2 if name == "lp-ft" else 1,
+            batch_size=8,
+            size=32,
+            augment="none",
+            warmup=0.0,
+        )
         quiet(model, few, recipe=recipe)
         after = model.state_dict()
         assert list(after) == list(before), name
-        learnt = {group for group, names in layer_groups(model).items() if moved(before, after) & set(names)}
+        learnt = {
+            group
+            for group, names in layer_groups(model).items()
+            if moved(before, after) & set(names)
+        }
         if name in ("head", "gradual"):  # of gradual there is one epoch here
             assert learnt == {"fc"}, name
         elif name == "surgical":
@@ -245,14 +362,14 @@ def test_the_head_can_rest(parts):
     """As in surgical fine-tuning after Lee et al.: one block and nothing else."""
     model = net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quiet(model, parts[0], recipe=SMALL.replace(strategy="surgical", layers="layer2", head_lr=0.))
+    quiet(model, parts[0], recipe=SMALL.replace(strategy="surgical", layers="layer2", head_lr=0.0))
     assert moved(before, model.state_dict()) == {"layer2"}
     model = net(batchnorm="train")  # norms learn everywhere; the head's bias is no norm
-    quiet(model, parts[0], recipe=SMALL.replace(strategy="surgical", layers="layer2", head_lr=0.))
+    quiet(model, parts[0], recipe=SMALL.replace(strategy="surgical", layers="layer2", head_lr=0.0))
     assert "fc" not in moved(before, model.state_dict())
     for name in ("head", "lp-ft", "gradual"):
         with pytest.raises(FinetuneError, match="it must learn"):
-            SMALL.replace(strategy=name, head_lr=0.)
+            SMALL.replace(strategy=name, head_lr=0.0)
 
 
 def test_a_strategy_that_does_not_fit_names_those_that_do(parts):
@@ -260,7 +377,10 @@ def test_a_strategy_that_does_not_fit_names_those_that_do(parts):
     for block in [model, *model.layer1, *model.layer2, *model.layer3]:
         for name in [n for n, m in block.named_children() if isinstance(m, torch.nn.BatchNorm2d)]:
             setattr(block, name, torch.nn.Identity())
-    with pytest.raises(FinetuneError, match="'norm-only' does not fit this resnet20: it has no norms; those that do: full, head, lp-ft, gradual.*l2-sp") as error:
+    with pytest.raises(
+        FinetuneError,
+        match="'norm-only' does not fit this resnet20: it has no norms; those that do: full, head, lp-ft, gradual.*l2-sp",
+    ) as error:
         quiet(model, parts[0], recipe=SMALL.replace(strategy="norm-only"))
     assert str(error.value).count("norm-only") == 1
     quiet(model, parts[0], recipe=SMALL.replace(strategy="discriminative", epochs=1))
@@ -276,15 +396,22 @@ def test_a_run_that_diverges_keeps_its_last_good_state(parts, tmp_path, strategy
         if self.at["step"] == 6:
             kept.update(state=(tmp_path / "state.safetensors").read_bytes())
             with torch.no_grad():
-                next(p for p in self.model.layer2.parameters() if p.requires_grad).fill_(float("nan"))
+                next(p for p in self.model.layer2.parameters() if p.requires_grad).fill_(
+                    float("nan")
+                )
 
     monkeypatch.setattr(Loop, "step", step)
     model = net()
-    with pytest.raises(FinetuneError, match=r"NaN or infinity after step 5 \(epoch 0, the batch with .*last good state is in"):
+    with pytest.raises(
+        FinetuneError,
+        match=r"NaN or infinity after step 5 \(epoch 0, the batch with .*last good state is in",
+    ):
         quiet(model, *parts[:2], SMALL.replace(strategy=strategy), folder=tmp_path, save_every=3)
     monkeypatch.setattr(Loop, "step", original)
     assert (tmp_path / "state.safetensors").read_bytes() == kept["state"]
-    assert all(torch.isfinite(v).all() for v in model.state_dict().values()) and list(model.state_dict()) == list(net().state_dict())
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values()) and list(
+        model.state_dict()
+    ) == list(net().state_dict())
     whole, again = net(), net(seed=5)
     quiet(whole, *parts[:2], SMALL.replace(strategy=strategy))
     quiet(again, *parts[:2], SMALL.replace(strategy=strategy), folder=tmp_path, save_every=3)
@@ -294,7 +421,13 @@ def test_a_run_that_diverges_keeps_its_last_good_state(parts, tmp_path, strategy
 def test_a_failed_run_leaves_a_plain_net(parts):
     model = net()
     with pytest.raises(FinetuneError, match="the loss became"):
-        quiet(model, parts[0], recipe=SMALL.replace(strategy="lora", lr=1e20, clip_norm=0, warmup=0, schedule="constant"))
+        quiet(
+            model,
+            parts[0],
+            recipe=SMALL.replace(
+                strategy="lora", lr=1e20, clip_norm=0, warmup=0, schedule="constant"
+            ),
+        )
     assert list(model.state_dict()) == list(net().state_dict())
 
 
@@ -303,6 +436,7 @@ def test_a_state_from_before_new_fields(parts, tmp_path, monkeypatch):
     import json
     import safetensors
     import safetensors.torch
+
     quiet(net(), *parts[:2], SMALL.replace(epochs=1), folder=tmp_path)
     path = tmp_path / "state.safetensors"
     with safetensors.safe_open(path, "pt") as file:

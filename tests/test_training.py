@@ -1,4 +1,5 @@
 """The loop against an oracle, frozen layers, and runs that are killed."""
+
 import hashlib
 import json
 import os
@@ -16,10 +17,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from finetune_nb.data import load_images
-from finetune_nb.engine import STRATEGIES, Loop, Strategy, make_optimizer, momentum_at, rate
+from finetune_nb.training.loop import STRATEGIES, Loop, Strategy, make_optimizer, momentum_at, rate
 from finetune_nb.environment import FinetuneError
 from finetune_nb.evaluation import evaluate
-from finetune_nb.index import from_arrays
+from finetune_nb.data.index import from_arrays
 from finetune_nb.models import load_model, load_resnet, to_input
 from finetune_nb.training import Recipe, Run, fit, recalibrate
 
@@ -37,7 +38,9 @@ def net(seed=0, **options):
 
 
 def digest(model):
-    return hashlib.sha256(b"".join(v.detach().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(v.detach().contiguous().numpy().tobytes() for v in model.state_dict().values())
+    ).hexdigest()
 
 
 def quiet(*args, **options):
@@ -49,13 +52,34 @@ def test_oracle(parts, optimizer):
     """One epoch against torch's own optimizer with schedule and clipping by hand: SGD in double precision; Adam, whose first steps are
     the sign of the gradient and so magnify any rounding, in the same precision and without the fused kernel."""
     dtype = torch.float64 if optimizer == "sgd" else torch.float32
-    recipe = Recipe(epochs=1, batch_size=16, lr=0.01, optimizer=optimizer, body_lr=0.3, label_smoothing=0.1, clip_norm=1.0, channels_last=False)
+    recipe = Recipe(
+        epochs=1,
+        batch_size=16,
+        lr=0.01,
+        optimizer=optimizer,
+        body_lr=0.3,
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        channels_last=False,
+    )
     ours, theirs = net(), net().to(dtype)
     quiet(ours, parts[0], recipe=recipe)
     head = list(theirs.fc.parameters())
     rest = [p for n, p in theirs.named_parameters() if not n.startswith("fc")]
-    groups = [{"params": [p for p in ps if (p.ndim > 1) == decay], "scale": scale, "weight_decay": recipe.weight_decay * decay} for ps, scale in ((head, 1), (rest, 0.3)) for decay in (True, False)]
-    opt = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True) if optimizer == "sgd" else torch.optim.AdamW(groups, lr=0.01, fused=False)
+    groups = [
+        {
+            "params": [p for p in ps if (p.ndim > 1) == decay],
+            "scale": scale,
+            "weight_decay": recipe.weight_decay * decay,
+        }
+        for ps, scale in ((head, 1), (rest, 0.3))
+        for decay in (True, False)
+    ]
+    opt = (
+        torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(groups, lr=0.01, fused=False)
+    )
     batches = list(parts[0].loader(batch_size=16, size=32, shuffle=True, seed=0, epoch=0))
     theirs.train()
     for step, batch in enumerate(batches):
@@ -63,12 +87,17 @@ def test_oracle(parts, optimizer):
             group["lr"] = 0.01 * rate(step, len(batches), recipe) * group["scale"]
             if optimizer == "sgd":
                 group["momentum"] = momentum_at(step, len(batches), recipe)
-        loss = F.cross_entropy(theirs(to_input(batch.pixels, theirs).to(dtype)), batch.labels, label_smoothing=0.1)
+        loss = F.cross_entropy(
+            theirs(to_input(batch.pixels, theirs).to(dtype)), batch.labels, label_smoothing=0.1
+        )
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         opt.step()
-    gap = max((a.double() - b.double()).abs().max().item() for a, b in zip(ours.parameters(), theirs.parameters()))
+    gap = max(
+        (a.double() - b.double()).abs().max().item()
+        for a, b in zip(ours.parameters(), theirs.parameters())
+    )
     assert gap < 2e-3, gap
 
 
@@ -76,7 +105,11 @@ def test_schedule():
     recipe = Recipe(warmup=0.2)
     rates = [rate(s, 100, recipe) for s in range(100)]
     assert 0 < rates[0] < 0.06 and abs(max(rates) - 1) < 0.01 and rates[-1] < 0.01
-    assert rates.index(max(rates)) in (19, 20, 21) and all(np.diff(rates[:20]) > 0) and all(np.diff(rates[21:]) < 0)
+    assert (
+        rates.index(max(rates)) in (19, 20, 21)
+        and all(np.diff(rates[:20]) > 0)
+        and all(np.diff(rates[21:]) < 0)
+    )
     assert rate(7, 100, Recipe(schedule="constant", warmup=0)) == 1
     momenta = [momentum_at(s, 100, recipe) for s in range(100)]
     assert min(momenta) == pytest.approx(0.9, abs=0.001) and max(momenta) < 0.95
@@ -96,13 +129,23 @@ def test_head_moves_nothing_else(parts):
         assert torch.equal(value, before[name]) != name.startswith("fc."), name
 
 
-@pytest.mark.parametrize("policy, statistics, affine", [("frozen-with-layer", False, False), ("adapt", True, False), ("recalibrate", True, False), ("train", True, True)])
+@pytest.mark.parametrize(
+    "policy, statistics, affine",
+    [
+        ("frozen-with-layer", False, False),
+        ("adapt", True, False),
+        ("recalibrate", True, False),
+        ("train", True, True),
+    ],
+)
 def test_batchnorm_policies(parts, policy, statistics, affine):
     model = net(batchnorm=policy)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     quiet(model, parts[0], recipe=SMALL.replace(strategy="head"))
     after = model.state_dict()
-    assert (not torch.equal(before["layer2.0.bn1.running_var"], after["layer2.0.bn1.running_var"])) == statistics
+    assert (
+        not torch.equal(before["layer2.0.bn1.running_var"], after["layer2.0.bn1.running_var"])
+    ) == statistics
     assert (not torch.equal(before["layer2.0.bn1.weight"], after["layer2.0.bn1.weight"])) == affine
     assert torch.equal(before["layer2.0.conv1.weight"], after["layer2.0.conv1.weight"])
 
@@ -118,11 +161,22 @@ def test_recalibrate_gives_the_statistics_of_the_data(parts):
 def test_run_is_kept_and_found_again(parts, tmp_path):
     model = net()
     run = quiet(model, *parts[:2], SMALL, folder=tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"state.safetensors", "model.safetensors", "run.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "state.safetensors",
+        "model.safetensors",
+        "run.json",
+    }
     again = Run.load(tmp_path)
-    assert again.recipe == SMALL and again.history == run.history and digest(again.model) == digest(model)
+    assert (
+        again.recipe == SMALL
+        and again.history == run.history
+        and digest(again.model) == digest(model)
+    )
     assert [row["epoch"] for row in run.history] == [0, 1] and run.history[0]["valid_accuracy"] <= 1
-    assert "train_loss" in run.summary() and run.meta["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert (
+        "train_loss" in run.summary()
+        and run.meta["versions"]["torch"] == torch.__version__.split("+")[0]
+    )
     with pytest.raises(FinetuneError, match="holds no run"):
         Run.load(tmp_path / "nowhere")
 
@@ -152,7 +206,11 @@ def break_and_resume(parts, folder, recipe, steps, monkeypatch, net=net):
     return whole, resumed
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"optimizer": "adamw"}, {"freeze_epochs": 1}, {"patience": 1, "epochs": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema": 0.9}, {"optimizer": "adamw"}, {"freeze_epochs": 1}, {"patience": 1, "epochs": 3}],
+    ids=str,
+)
 @pytest.mark.parametrize("steps", [1, 8, 9])
 def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeypatch):
     whole, resumed = break_and_resume(parts, tmp_path, SMALL.replace(**changes), steps, monkeypatch)
@@ -161,13 +219,28 @@ def test_broken_and_resumed_is_the_same(parts, tmp_path, changes, steps, monkeyp
 
 def launch(folder, recipe, *sleep):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), str(folder), json.dumps(recipe), *sleep]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "killed_run.py"),
+        str(folder),
+        json.dumps(recipe),
+        *sleep,
+    ]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_kill_minus_nine(tmp_path):
     """A real process is killed in the middle of epochs and across the moment where the body is unfrozen; it ends with the same bits."""
-    recipe = {"epochs": 3, "batch_size": 20, "freeze_epochs": 1, "lr": 0.02, "augment": "affine", "ema": 0.9}
+    recipe = {
+        "epochs": 3,
+        "batch_size": 20,
+        "freeze_epochs": 1,
+        "lr": 0.02,
+        "augment": "affine",
+        "ema": 0.9,
+    }
     whole = launch(tmp_path / "whole", recipe)
     assert whole.wait(300) == 0, whole.stderr.read()
     rng, kills = random.Random(5), []
@@ -192,16 +265,42 @@ def test_kill_minus_nine(tmp_path):
 
 
 EVERY = {  # one run of 3 epochs of 7 steps each; the phases of lp-ft and gradual change between epochs
-    "head": {}, "full": {"freeze_epochs": 1}, "lp-ft": {}, "gradual": {}, "discriminative": {}, "surgical": {}, "auto-rgn": {}, "norm-only": {}, "lora": {"ema": .9}, "l2-sp": {},
-    "sam": {"strategy": "full", "sam": .05}, "swa": {"strategy": "full", "swa": .5}, "schedule-free": {"strategy": "full", "optimizer": "schedule-free", "schedule": "constant"},
-    "ramp": {"strategy": "full", "activation": "silu", "ramp": .5}}
+    "head": {},
+    "full": {"freeze_epochs": 1},
+    "lp-ft": {},
+    "gradual": {},
+    "discriminative": {},
+    "surgical": {},
+    "auto-rgn": {},
+    "norm-only": {},
+    "lora": {"ema": 0.9},
+    "l2-sp": {},
+    "sam": {"strategy": "full", "sam": 0.05},
+    "swa": {"strategy": "full", "swa": 0.5},
+    "schedule-free": {"strategy": "full", "optimizer": "schedule-free", "schedule": "constant"},
+    "ramp": {"strategy": "full", "activation": "silu", "ramp": 0.5},
+}
 
 
 def test_every_strategy_survives_kill_minus_nine(tmp_path):
     """Each by name, killed inside the first phase, just before and after a change of phase, and near the end: the weights are those of a run that was left alone."""
-    plans = {name: {"strategy": name, "epochs": 3, "batch_size": 16, "augment": "affine"} | changes for name, changes in EVERY.items()}
+    plans = {
+        name: {"strategy": name, "epochs": 3, "batch_size": 16, "augment": "affine"} | changes
+        for name, changes in EVERY.items()
+    }
     assert set(STRATEGIES) <= {plan["strategy"] for plan in plans.values()}
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "killed_strategies.py"), str(tmp_path), json.dumps(plans)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "killed_strategies.py"),
+            str(tmp_path),
+            json.dumps(plans),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == set(plans)
@@ -243,7 +342,11 @@ def test_another_number_of_threads_is_said(parts, tmp_path):
 
 def test_early_stopping_keeps_the_best_by_validation(parts):
     model = net()
-    run = quiet(model, *parts[:2], SMALL.replace(epochs=20, patience=1, lr=0.1, schedule="constant", warmup=0))
+    run = quiet(
+        model,
+        *parts[:2],
+        SMALL.replace(epochs=20, patience=1, lr=0.1, schedule="constant", warmup=0),
+    )
     losses = [row["valid_loss"] for row in run.history]
     assert len(losses) < 20 and len(losses) - 1 - int(np.argmin(losses)) == 1
     assert evaluate(model, parts[1]).nll == pytest.approx(min(losses), rel=1e-6)
@@ -274,7 +377,13 @@ def test_ema_is_the_average(parts):
 
 def test_nan_stops_and_the_last_good_state_stays(parts, tmp_path):
     with pytest.raises(FinetuneError, match=r"step \d+ .*lower lr") as caught:
-        quiet(net(), parts[0], recipe=SMALL.replace(lr=1e25, clip_norm=0, schedule="constant", warmup=0, epochs=3), folder=tmp_path, save_every=1)
+        quiet(
+            net(),
+            parts[0],
+            recipe=SMALL.replace(lr=1e25, clip_norm=0, schedule="constant", warmup=0, epochs=3),
+            folder=tmp_path,
+            save_every=1,
+        )
     assert str(tmp_path) in str(caught.value)
     for tensor in load_state_tensors(tmp_path).values():
         assert torch.isfinite(tensor).all()  # nothing that had become NaN was written
@@ -283,7 +392,11 @@ def test_nan_stops_and_the_last_good_state_stays(parts, tmp_path):
 def load_state_tensors(folder):
     import safetensors.torch
 
-    return {k: v for k, v in safetensors.torch.load_file(folder / "state.safetensors").items() if v.is_floating_point() and k.startswith("model.") and "running" not in k}
+    return {
+        k: v
+        for k, v in safetensors.torch.load_file(folder / "state.safetensors").items()
+        if v.is_floating_point() and k.startswith("model.") and "running" not in k
+    }
 
 
 def test_the_callers_generator_is_left_alone(parts):
@@ -293,7 +406,20 @@ def test_the_callers_generator_is_left_alone(parts):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("field, value", [("lr", float("nan")), ("lr", -1), ("epochs", 0), ("batch_size", 0), ("strategy", "nothing"), ("optimizer", "lion"), ("schedule", "step"), ("precision", "fp8"), ("ema", 1.0)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lr", float("nan")),
+        ("lr", -1),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("strategy", "nothing"),
+        ("optimizer", "lion"),
+        ("schedule", "step"),
+        ("precision", "fp8"),
+        ("ema", 1.0),
+    ],
+)
 def test_recipes_that_cannot_work(field, value):
     with pytest.raises(FinetuneError, match=field):
         Recipe(**{field: value})
@@ -302,7 +428,11 @@ def test_recipes_that_cannot_work(field, value):
 def test_data_that_cannot_be_trained_on(parts):
     one = from_arrays(np.zeros((6, 8, 8), np.uint8), np.zeros(6, int))
     many = from_arrays(np.zeros((24, 8, 8), np.uint8), np.arange(24) % 12)
-    for train, words in ((one, "one class only"), (many, "num_classes=12"), (parts[0].select([]), "no images")):
+    for train, words in (
+        (one, "one class only"),
+        (many, "num_classes=12"),
+        (parts[0].select([]), "no images"),
+    ):
         with pytest.raises(FinetuneError, match=words):
             quiet(net(), train, recipe=SMALL)
     with pytest.raises(FinetuneError, match="info"):
@@ -317,7 +447,9 @@ def test_bad_images_are_counted_in_the_history(tmp_path):
     folder = make_photos(tmp_path / "photos", classes=2)
     (folder / "class0" / "bad.jpg").write_text("no image")
     images = load_images(folder)
-    run = quiet(load_resnet("resnet20", None, 2), images, recipe=SMALL.replace(epochs=1, augment="none"))
+    run = quiet(
+        load_resnet("resnet20", None, 2), images, recipe=SMALL.replace(epochs=1, augment="none")
+    )
     assert run.history[0]["set_aside"] == 1 and list(run.meta["set_aside"]) == ["class0/bad.jpg"]
 
 
@@ -348,7 +480,11 @@ def test_a_full_disk_loses_nothing(parts, tmp_path, monkeypatch):
 
 
 def test_strategies_are_registered_by_name(parts):
-    STRATEGIES["stem"] = Strategy(lambda model, recipe, epoch, notes: {name: float(name in ("conv1", "fc")) for name, _ in model.named_children()})
+    STRATEGIES["stem"] = Strategy(
+        lambda model, recipe, epoch, notes: {
+            name: float(name in ("conv1", "fc")) for name, _ in model.named_children()
+        }
+    )
     try:
         model = net()
         before = model.layer2[0].conv1.weight.clone()

@@ -1,4 +1,5 @@
 """The range test puts everything back; blends against arithmetic; soups never fall below their best member."""
+
 import copy
 
 import numpy as np
@@ -12,22 +13,52 @@ from finetune_nb.models import load_resnet
 from finetune_nb.weight_tuning import LRFinder, blend, find_lr, greedy_soup
 
 
-@pytest.mark.parametrize("changes", [{}, {"strategy": "head"}, {"strategy": "lora"}, {"strategy": "lp-ft"}, {"optimizer": "adamw"}, {"size": 24}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"strategy": "head"},
+        {"strategy": "lora"},
+        {"strategy": "lp-ft"},
+        {"optimizer": "adamw"},
+        {"size": 24},
+    ],
+    ids=str,
+)
 def test_find_lr_leaves_no_trace(parts, changes):
     model = net().train()
     model.fc.weight.requires_grad_(False)
-    before, names, info, generator = digest(model), list(model.state_dict()), copy.deepcopy(model.info), torch.get_rng_state()
+    before, names, info, generator = (
+        digest(model),
+        list(model.state_dict()),
+        copy.deepcopy(model.info),
+        torch.get_rng_state(),
+    )
     found = find_lr(model, parts[0], SMALL.replace(**changes), steps=25, device="cpu")
-    assert digest(model) == before and list(model.state_dict()) == names and model.info == info and torch.equal(torch.get_rng_state(), generator)
-    assert model.training and not model.fc.weight.requires_grad and model.conv1.weight.requires_grad and all(p.grad is None for p in model.parameters())
-    assert len(found.losses) <= 25 and found.rates[0] < found.suggestion * 10 <= found.rates[-1] * 1.0001
+    assert (
+        digest(model) == before
+        and list(model.state_dict()) == names
+        and model.info == info
+        and torch.equal(torch.get_rng_state(), generator)
+    )
+    assert (
+        model.training
+        and not model.fc.weight.requires_grad
+        and model.conv1.weight.requires_grad
+        and all(p.grad is None for p in model.parameters())
+    )
+    assert (
+        len(found.losses) <= 25
+        and found.rates[0] < found.suggestion * 10 <= found.rates[-1] * 1.0001
+    )
 
 
 def test_find_lr_steps_are_those_of_the_loop(parts):
     """With the rate held still, the losses of the range test are those of a plain loop over the same batches."""
-    recipe = SMALL.replace(schedule="constant", warmup=0, lr=.01, epochs=1)
-    found, losses = find_lr(net(), parts[0], recipe, low=.01, high=.01 * (1 + 1e-9), steps=10), []
-    from finetune_nb.engine import Loop
+    recipe = SMALL.replace(schedule="constant", warmup=0, lr=0.01, epochs=1)
+    found, losses = find_lr(net(), parts[0], recipe, low=0.01, high=0.01 * (1 + 1e-9), steps=10), []
+    from finetune_nb.training.loop import Loop
+
     original = Loop.step
 
     def step(self, batch, scales):
@@ -48,7 +79,7 @@ def test_find_lr_explodes_quietly_and_says_what_is_wrong(parts):
     found = find_lr(model, parts[0], SMALL.replace(clip_norm=0), low=1e-3, high=1e6, steps=40)
     assert len(found.rates) < 40 and digest(model) == before
     with pytest.raises(FinetuneError, match="0 < low < high"):
-        find_lr(model, parts[0], SMALL, low=1, high=.1)
+        find_lr(model, parts[0], SMALL, low=1, high=0.1)
     with pytest.raises(FinetuneError, match="layer9"):
         find_lr(model, parts[0], SMALL.replace(strategy="surgical", layers=("layer9",)))
     assert digest(model) == before
@@ -56,26 +87,46 @@ def test_find_lr_explodes_quietly_and_says_what_is_wrong(parts):
 
 def test_suggestion_is_a_tenth_of_the_valley():
     rates = np.geomspace(1e-4, 10, 60)
-    found = LRFinder(rates, 2 + (np.log10(rates) - np.log10(.3)) ** 2)
-    assert found.lowest / 3 < .3 < found.lowest * 3 and found.suggestion == pytest.approx(found.lowest / 10) and "a tenth" in found.reason
+    found = LRFinder(rates, 2 + (np.log10(rates) - np.log10(0.3)) ** 2)
+    assert (
+        found.lowest / 3 < 0.3 < found.lowest * 3
+        and found.suggestion == pytest.approx(found.lowest / 10)
+        and "a tenth" in found.reason
+    )
 
 
 def test_blend_is_the_weighted_mean(parts):
     a, b = net(), net(seed=3)
     with torch.no_grad():
         for p in b.parameters():
-            p.add_(.01 * torch.randn_like(p))
-    mixed = blend([a, b], [.25, .75])
-    for (name, value), x, y in zip(mixed.state_dict().items(), a.state_dict().values(), b.state_dict().values()):
+            p.add_(0.01 * torch.randn_like(p))
+    mixed = blend([a, b], [0.25, 0.75])
+    for (name, value), x, y in zip(
+        mixed.state_dict().items(), a.state_dict().values(), b.state_dict().values()
+    ):
         if value.is_floating_point():
-            assert np.allclose(value.numpy(), .25 * x.double().numpy() + .75 * y.double().numpy(), atol=1e-6), name
+            assert np.allclose(
+                value.numpy(), 0.25 * x.double().numpy() + 0.75 * y.double().numpy(), atol=1e-6
+            ), name
     assert digest(blend([a, b], [1, 0])) == digest(a)
-    again = blend([a, b], [.5, .5], parts[0])
-    assert not torch.equal(again.bn1.running_var, blend([a, b], [.5, .5]).bn1.running_var) and torch.equal(again.conv1.weight, blend([a, b], [.5, .5]).conv1.weight)
+    again = blend([a, b], [0.5, 0.5], parts[0])
+    assert not torch.equal(
+        again.bn1.running_var, blend([a, b], [0.5, 0.5]).bn1.running_var
+    ) and torch.equal(again.conv1.weight, blend([a, b], [0.5, 0.5]).conv1.weight)
 
 
-@pytest.mark.parametrize("models, shares, message", [(lambda: [net(), net()], [.5, .6], "with the sum 1"), (lambda: [net()], [.5, .5], "one share a model"),
-                                                     (lambda: [net(), load_resnet("resnet20", "shipped", 7)], [.5, .5], "2 tensors differ, such as fc.bias")])
+@pytest.mark.parametrize(
+    "models, shares, message",
+    [
+        (lambda: [net(), net()], [0.5, 0.6], "with the sum 1"),
+        (lambda: [net()], [0.5, 0.5], "one share a model"),
+        (
+            lambda: [net(), load_resnet("resnet20", "shipped", 7)],
+            [0.5, 0.5],
+            "2 tensors differ, such as fc.bias",
+        ),
+    ],
+)
 def test_blends_that_cannot_be(models, shares, message):
     with pytest.raises(FinetuneError, match=message):
         blend(models(), shares)
@@ -83,14 +134,18 @@ def test_blends_that_cannot_be(models, shares, message):
 
 def test_soup_is_never_worse_on_what_chose_it(parts):
     models = []
-    for seed, lr in enumerate((.005, .02, .3)):
+    for seed, lr in enumerate((0.005, 0.02, 0.3)):
         model = net()
         quiet(model, parts[0], recipe=SMALL.replace(lr=lr, seed=seed))
         models.append(model)
     before = [digest(model) for model in models]
     soup, inside = greedy_soup(models, parts[1])
     single = [evaluate(model, parts[1]).accuracy for model in models]
-    assert evaluate(soup, parts[1]).accuracy >= max(single) and single[inside[0]] == max(single) and len(set(inside)) == len(inside)
+    assert (
+        evaluate(soup, parts[1]).accuracy >= max(single)
+        and single[inside[0]] == max(single)
+        and len(set(inside)) == len(inside)
+    )
     assert [digest(model) for model in models] == before
     assert greedy_soup(models[:1], parts[1])[1] == [0]
     with pytest.raises(FinetuneError, match="no models"):

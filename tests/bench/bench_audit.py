@@ -2,6 +2,7 @@
 
 bench_audit.py [sizes …]   (default 5000 20000 50000; 200000 takes several minutes)
 """
+
 import contextlib
 import io
 import json
@@ -9,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import json, resource, sys, time
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from finetune_nb.data import load_images
-from finetune_nb.pixels import pixel_pass
+from finetune_nb.preprocessing.pixels import pixel_pass
 from finetune_nb.preprocessing import audit
 images = load_images(sys.argv[2])
 n = int(sys.argv[3])
@@ -39,7 +39,21 @@ print(json.dumps({"seconds": took, "memory": resource.getrusage(resource.RUSAGE_
 
 def one(folder, n, what):
     with tempfile.TemporaryDirectory() as out:
-        done = subprocess.run([sys.executable, "-c", ROUND, str(Path(__file__).resolve().parents[2]), str(folder), str(n), out, what], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                ROUND,
+                str(Path(__file__).resolve().parents[2]),
+                str(folder),
+                str(n),
+                out,
+                what,
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -47,7 +61,10 @@ def growth(folder, sizes):
     for what in ("pixels", "audit"):
         found = [one(folder, n, what) for n in sizes]
         for n, row in zip(sizes, found):
-            print(f"{what:8} {n:8,} images  {n / row['seconds']:8,.0f} images/s   {row['seconds']:7.1f} s   peak {row['memory']:6,.0f} MB (before the work {row['base']:,.0f})", flush=True)
+            print(
+                f"{what:8} {n:8,} images  {n / row['seconds']:8,.0f} images/s   {row['seconds']:7.1f} s   peak {row['memory']:6,.0f} MB (before the work {row['base']:,.0f})",
+                flush=True,
+            )
         if len(sizes) > 1:
             slope = np.polyfit(np.log(sizes), np.log([row["seconds"] for row in found]), 1)[0]
             print(f"{what:8} seconds grow as n^{slope:.2f}", flush=True)
@@ -55,13 +72,27 @@ def growth(folder, sizes):
 
 def neighbours(images, name):
     """The index against all pairs, on the thumbnails that the pixel pass keeps."""
-    from finetune_nb.neighbours import nearest
-    from finetune_nb.pixels import pixel_pass
+    from finetune_nb.preprocessing.neighbours import nearest
+    from finetune_nb.preprocessing.pixels import pixel_pass
 
     x, found = pixel_pass(images)["thumb"].astype(np.float32), {}
-    exact, index = (timed(lambda way=way: found.__setitem__(way, nearest(x, exact=way)[1])) for way in (True, False))
-    share = [np.mean([len(set(a[:k]) & set(b[:k])) / k for a, b in zip(found[True][:5000], found[False][:5000])]) for k in (1, 10)]
-    print(f"{name:28} neighbours of {len(x):,} rows: all pairs {exact:.1f} s, index {index:.1f} s, ratio {exact / index:.1f}; the index finds {share[0]:.1%} of the nearest and {share[1]:.1%} of the ten nearest", flush=True)
+    exact, index = (
+        timed(lambda way=way: found.__setitem__(way, nearest(x, exact=way)[1]))
+        for way in (True, False)
+    )
+    share = [
+        np.mean(
+            [
+                len(set(a[:k]) & set(b[:k])) / k
+                for a, b in zip(found[True][:5000], found[False][:5000])
+            ]
+        )
+        for k in (1, 10)
+    ]
+    print(
+        f"{name:28} neighbours of {len(x):,} rows: all pairs {exact:.1f} s, index {index:.1f} s, ratio {exact / index:.1f}; the index finds {share[0]:.1%} of the nearest and {share[1]:.1%} of the ten nearest",
+        flush=True,
+    )
 
 
 def beside_cleanvision(folder, name):
@@ -73,7 +104,18 @@ def beside_cleanvision(folder, name):
     except ImportError:
         print("cleanvision is not installed: the comparison is left out")
         return
-    checks = ("unreadable", "odd_size", "odd_aspect", "dark", "bright", "low_contrast", "blurred", "grey", "exact_duplicate", "near_duplicate")
+    checks = (
+        "unreadable",
+        "odd_size",
+        "odd_aspect",
+        "dark",
+        "bright",
+        "low_contrast",
+        "blurred",
+        "grey",
+        "exact_duplicate",
+        "near_duplicate",
+    )
     images = load_images(folder)
 
     def theirs():
@@ -85,7 +127,10 @@ def beside_cleanvision(folder, name):
     for _ in range(5):
         slow, fast = timed(theirs), timed(lambda: audit(images, checks=checks))
         ratios.append(slow / fast)
-        print(f"{name:28} ours {len(images) / fast:8,.0f} images/s   cleanvision {len(images) / slow:8,.0f} images/s   ratio {slow / fast:.1f}", flush=True)
+        print(
+            f"{name:28} ours {len(images) / fast:8,.0f} images/s   cleanvision {len(images) / slow:8,.0f} images/s   ratio {slow / fast:.1f}",
+            flush=True,
+        )
     print(f"{name:28} median ratio {np.median(ratios):.1f}", flush=True)
 
 
@@ -100,6 +145,7 @@ if __name__ == "__main__":
         real = os.environ.get("FINETUNE_NB_DATA")
         if real and (Path(real) / "cifar10-train.tar").is_file():
             from finetune_nb.data import load_images
+
             neighbours(load_images("cifar10"), "CIFAR-10")
         if real and (Path(real) / "hymenoptera_data").is_dir():
             beside_cleanvision(Path(real) / "hymenoptera_data", "hymenoptera")

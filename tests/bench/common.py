@@ -1,4 +1,5 @@
 """What the benchmarks share: alternating runs, medians, ratios."""
+
 import statistics
 import sys
 import time
@@ -21,7 +22,10 @@ def compare(name, ours, plain, work, unit, repeats=3):
         times["ours"].append(timed(ours))
     a, b = statistics.median(times["ours"]), statistics.median(times["plain"])
     ratios = sorted(p / o for p, o in zip(times["plain"], times["ours"]))
-    print(f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio {b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f}; best against best {min(times['plain']) / min(times['ours']):.2f})", flush=True)
+    print(
+        f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio {b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f}; best against best {min(times['plain']) / min(times['ours']):.2f})",
+        flush=True,
+    )
     return b / a
 
 
@@ -29,7 +33,7 @@ def jpeg_folder(folder, n=2000, size=32):
     """n glyphs as JPEG files in ImageFolder layout."""
     from PIL import Image
 
-    from finetune_nb.glyphs import render_many
+    from finetune_nb.data.glyphs import render_many
 
     pixels, labels = render_many(0, n)
     for i, (image, label) in enumerate(zip(pixels, labels % 10)):
