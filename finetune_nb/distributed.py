@@ -17,7 +17,9 @@ import torch.distributed as dist
 from .environment import FinetuneError
 
 # %% ../nbs/reference/distributed.ipynb #be59e545
-HOW_TO_LAUNCH = "start the program with `torchrun --nproc-per-node N program.py`, which sets them all"
+HOW_TO_LAUNCH = (
+    "start the program with `torchrun --nproc-per-node N program.py`, which sets them all"
+)
 
 
 def _number(name, default):
