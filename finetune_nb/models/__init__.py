@@ -51,6 +51,7 @@ from finetune_nb.models.loading import (
     load_model,
     count_cost,
 )
+from .pooling import LAYOUTS, output_of, as_maps, layouts
 
 __all__ = [
     "ACTIVATIONS",
@@ -65,6 +66,7 @@ __all__ = [
     "Family",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LAYOUTS",
     "NORMS",
     "POOLS",
     "SMALL",
@@ -74,14 +76,17 @@ __all__ = [
     "anatomy",
     "apply_edit",
     "architectures",
+    "as_maps",
     "build",
     "count_cost",
     "head_of",
     "layer_names",
+    "layouts",
     "load_model",
     "load_resnet",
     "load_weights",
     "logits_of",
+    "output_of",
     "read_checkpoint",
     "replace_activation",
     "save_model",
