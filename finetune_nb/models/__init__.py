@@ -10,11 +10,9 @@ from finetune_nb.models.anatomy import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     DEFAULTS,
-    FAMILIES,
     NORMS,
     Anatomy,
     logits_of,
-    Family,
     anatomy,
     head_of,
     set_head,
@@ -32,6 +30,14 @@ from finetune_nb.models.edits import (
     activations,
     replace_activation,
     apply_edit,
+)
+from finetune_nb.models.families import (
+    FAMILIES,
+    Family,
+    family_of,
+    told_by_family,
+    told_by_timm,
+    is_called,
 )
 from finetune_nb.models.loading import (
     IMAGENET_MEAN,
@@ -79,7 +85,9 @@ __all__ = [
     "as_maps",
     "build",
     "count_cost",
+    "family_of",
     "head_of",
+    "is_called",
     "layer_names",
     "layouts",
     "load_model",
@@ -94,5 +102,7 @@ __all__ = [
     "set_head",
     "tapped",
     "to_input",
+    "told_by_family",
+    "told_by_timm",
     "train_mode",
 ]
