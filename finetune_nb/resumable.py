@@ -8,33 +8,53 @@ __all__ = ['read_key', 'Parts']
 # %% ../nbs/reference/resumable.ipynb #a5d2f4fa
 import io
 import json
-import os
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from .distributed import rank as own_rank
+from .distributed import world as world_size
 from .environment import FinetuneError, write_atomic
 
 # %% ../nbs/reference/resumable.ipynb #ab2462cd
 def read_key(folder) -> dict:
-    "What the parts in a folder are of. Raises `FinetuneError` where the folder is none, or its key is damaged."
+    """What the parts in a folder are of.
+
+    Raises `FinetuneError` where the folder is none, or its key is damaged.
+    """
     place = Path(folder) / "key.json"
     if not place.is_file():
         raise FinetuneError(
-            f"{folder} holds no parts of a pass: there is no key.json; give the folder that the pass wrote"
+            f"{folder} holds no parts of a pass: there is no key.json; "
+            "give the folder that the pass wrote"
         )
     try:
-        return json.loads(place.read_text())
+        return json.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FinetuneError(
             f"{place} is damaged ({error}): delete the folder {folder} and run again"
         ) from error
 
 
+def _require_same(folder, old, new):
+    "Raise unless the parts in a folder are of what is wanted now."
+    differs = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if differs:
+        named = ", ".join(
+            f"{name} (there {str(old.get(name))[:60]}, now {str(new.get(name))[:60]})"
+            for name in differs
+        )
+        raise FinetuneError(
+            f"the folder {folder} holds results of something else; different: {named}. "
+            "Choose another folder, or delete this one"
+        )
+
+
 class Parts:
-    "A pass over n rows kept in a folder: `todo()` names the parts that this process still has to do, `save` keeps one."
+    """A pass over n rows kept in a folder: `todo()` names the parts that this process still has
+    to do, `save` keeps one, `merged` puts all together."""
 
     def __init__(
         self,
@@ -42,88 +62,90 @@ class Parts:
         n: int,  # rows
         key: dict,  # what the pass is of: strings and numbers that must be equal to go on
         size: int = 4096,  # rows in a part
-        rank: int = None,
+        rank: int = None,  # None: as torchrun says
         world: int = None,  # None: as torchrun says
     ):
         self.folder, self.n, self.size = Path(folder), n, size
-        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        self.world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+        self.rank = own_rank() if rank is None else rank
+        self.world = world_size() if world is None else world
         key = {**key, "rows": n, "part": size}
-        place = self.folder / "key.json"
-        if place.is_file():
-            old = read_key(self.folder)
-            differs = [
-                name for name in sorted(key.keys() | old.keys()) if key.get(name) != old.get(name)
-            ]
-            if differs:
-                named = ", ".join(
-                    f"{name} (there {str(old.get(name))[:60]}, now {str(key.get(name))[:60]})"
-                    for name in differs
-                )
-                raise FinetuneError(
-                    f"the folder {self.folder} holds results of something else; different: {named}. Choose another folder, or delete this one"
-                )
+        if (self.folder / "key.json").is_file():
+            _require_same(self.folder, read_key(self.folder), key)
         else:
-            write_atomic(place, json.dumps(key, indent=1, ensure_ascii=False) + "\n")
+            text = json.dumps(key, indent=1, ensure_ascii=False) + "\n"
+            write_atomic(self.folder / "key.json", text)
 
     def __len__(self):
         return -(-self.n // self.size)
 
+    def __repr__(self):
+        done = sum(self.path(part).is_file() for part in range(len(self)))
+        return f"Parts({self.n:,} rows in {len(self)} parts, {done} done, rank {self.rank})"
+
     def path(self, part):
+        "The file of a part."
         return self.folder / f"part-{part:06d}.npz"
 
     def span(self, part):
+        "The rows of a part: first, and one past the last."
         return part * self.size, min(self.n, (part + 1) * self.size)
 
-    def todo(self):  # → numbers of the parts that this rank has to do, in order
-        return [
-            part
-            for part in range(self.rank, len(self), self.world)
-            if not self.path(part).is_file()
-        ]
+    def missing(self):
+        "Numbers of the parts that no rank has done yet."
+        return [part for part in range(len(self)) if not self.path(part).is_file()]
 
-    def save(self, part, **columns):  # arrays with one entry a row, of plain types
+    def todo(self):
+        "Numbers of the parts that this rank has to do, in order."
+        return [part for part in self.missing() if part % self.world == self.rank]
+
+    def save(
+        self,
+        part: int,
+        **columns,  # arrays with one entry a row, of plain types
+    ):
+        "Keep a part, whole or not at all."
         buffer = io.BytesIO()
         np.savez(buffer, **columns)
         write_atomic(self.path(part), buffer.getvalue())
 
-    def load(self, part):  # → dict of arrays
+    def load(self, part) -> dict:
+        "The columns of a part: name → array. Raises `FinetuneError` where its file is damaged."
         try:
             with np.load(self.path(part), allow_pickle=False) as file:
                 return dict(file)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise FinetuneError(
-                f"{self.path(part)} is damaged ({error}): delete this one file and run again; the other parts are kept"
+                f"{self.path(part)} is damaged ({error}): delete this one file and run again; "
+                "the other parts are kept"
             ) from error
 
     def wait(
-        self, patience=600.0
-    ):  # until the other ranks are done, too; seconds without a new part before giving up
+        self,
+        patience: float = 600.0,  # seconds without a new part before giving up
+    ):
+        "Return when the other ranks are done, too. Raises `FinetuneError` where none goes on."
         last, since = -1, time.monotonic()
-        while missing := [part for part in range(len(self)) if not self.path(part).is_file()]:
+        while missing := self.missing():
             if len(missing) != last:
                 last, since = len(missing), time.monotonic()
             if time.monotonic() - since > patience:
                 raise FinetuneError(
-                    f"{len(missing)} of {len(self)} parts of {self.folder} are missing, and none came for {patience:.0f} s: "
-                    "another process has stopped. Run the same command again; what is done is kept"
+                    f"{len(missing)} of {len(self)} parts of {self.folder} are missing, and none "
+                    f"came for {patience:.0f} s: another process has stopped. Run the same "
+                    "command again; what is done is kept"
                 )
             time.sleep(0.2)
 
-    def merged(
-        self,
-    ):  # → dict of columns over all rows; texts as objects, so that the many empty ones take no room
+    def merged(self) -> dict:
+        """Columns over all rows: name → array. Texts are objects, so that the many empty ones
+        take no room."""
         self.wait()
         out = {}
-        for part in range(
-            len(self)
-        ):  # one part at a time: two copies of everything are never in memory
+        for part in range(len(self)):  # one at a time: never two copies of everything in memory
             first, last = self.span(part)
             for name, values in self.load(part).items():
                 if part == 0:
-                    out[name] = np.empty(
-                        (self.n, *values.shape[1:]),
-                        object if values.dtype.kind == "U" else values.dtype,
-                    )
+                    kind = object if values.dtype.kind == "U" else values.dtype
+                    out[name] = np.empty((self.n, *values.shape[1:]), kind)
                 out[name][first:last] = values
         return out

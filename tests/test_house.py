@@ -11,7 +11,8 @@ from lessons import LESSONS, cells, source
 PACKAGE = ROOT / "finetune_nb"
 FLOORS = (
     ("environment", "checks", "__init__"),
-    ("distributed", "resumable"),
+    ("distributed",),
+    ("resumable",),
     ("data", "models"),
     ("features",),
     ("evaluation",),

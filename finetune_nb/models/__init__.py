@@ -36,6 +36,7 @@ from finetune_nb.models.loading import (
     load_model,
     count_cost,
 )
+from .pooling import LAYOUTS, output_of, as_maps, layouts
 
 __all__ = [
     "ACTIVATIONS",
@@ -46,18 +47,22 @@ __all__ = [
     "EDITS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LAYOUTS",
     "POOLS",
     "SMALL",
     "SelectedNet",
     "activations",
     "apply_edit",
     "architectures",
+    "as_maps",
     "build",
     "count_cost",
     "layer_names",
+    "layouts",
     "load_model",
     "load_resnet",
     "load_weights",
+    "output_of",
     "read_checkpoint",
     "replace_activation",
     "save_model",
