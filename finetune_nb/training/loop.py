@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass
 from typing import Callable
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
