@@ -28,18 +28,9 @@ class FinetuneError(ValueError):
 # %% ../nbs/03_environment.ipynb #22c96d70
 def versions() -> dict:  # name → version, of what can change a result
     "The versions of Python, this package and the libraries that take part in a result."
-    names = (
-        "finetune_nb",
-        "torch",
-        "torchvision",
-        "numpy",
-        "pyarrow",
-        "scikit-learn",
-        "pillow",
-        "safetensors",
-    )
+    names = "finetune_nb torch torchvision numpy pyarrow scikit-learn pillow safetensors"
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in names.split():
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -102,9 +93,10 @@ def write_atomic(
     path,  # where the file shall lie in the end
     write,  # bytes, str, or a function that takes a temporary path and writes the file there
 ) -> Path:
-    "Write a file whole or not at all: to a temporary name beside it, flushed to disk, then renamed."
-    path = Path(path)
-    temporary = None
+    """Write a file whole or not at all: to a temporary name beside it, flushed to disk, then renamed.
+    Whatever interrupts it, also Ctrl-C, leaves the old file and no temporary one. Raises
+    `FinetuneError` where the disk is full or the folder cannot be written."""
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -117,19 +109,16 @@ def write_atomic(
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except Exception as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        if isinstance(error, FinetuneError):
-            raise
-        if not (
-            isinstance(error, OSError) or "No space left" in str(error) or "I/O error" in str(error)
-        ):
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        disk = isinstance(error, OSError) or "No space left" in str(error) or "I/O e" in str(error)
+        if isinstance(error, FinetuneError) or not disk:
             raise
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise FinetuneError(
-            f"{path} could not be written ({error}; {free / 1e6:.0f} MB free there): make room or choose "
-            "another folder, then run the same command again; what was there before is unchanged"
+            f"{path} could not be written ({error}; {free / 1e6:.0f} MB free there): make room or "
+            "choose another folder, then run the same command again; what was there before is unchanged"
         ) from error
     return path
 
@@ -232,61 +221,41 @@ def keyed_uniform(
 
 # %% ../nbs/03_environment.ipynb #ee4fe712
 def doctor() -> list:  # (check, result, what to do) rows; the third is empty where all is well
-    """What this machine has, and what would stop a run: versions, device, threads, memory, disk, data, shipped
-    checkpoint."""
+    """What this machine has, and what would stop a run: versions, device, threads, memory, disk, data,
+    shipped checkpoint."""
     rows = [
-        (name, version or "not installed", "" if version else f"pip install {name}")
-        for name, version in versions().items()
+        (name, found or "not installed", "" if found else f"pip install {name}")
+        for name, found in versions().items()
     ]
-    rows.append(("device", str(pick_device()), ""))
-    rows.append(("threads", str(torch.get_num_threads()), ""))
-    free = shutil.disk_usage(cache_folder()).free
-    rows.append(
-        (
-            "cache folder",
-            f"{cache_folder()} ({free / 1e9:.1f} GB free)",
-            "" if free > 2e9 else "make room, or set FINETUNE_NB_CACHE",
-        )
-    )
-    data = os.environ.get("FINETUNE_NB_DATA")
-    rows.append(
-        (
-            "FINETUNE_NB_DATA",
-            data or "not set",
-            "" if data is None or Path(data).is_dir() else "set it to a folder that exists",
-        )
-    )
+    rows += [("device", str(pick_device()), ""), ("threads", str(torch.get_num_threads()), "")]
+    cache, data = cache_folder(), os.environ.get("FINETUNE_NB_DATA")
+    free = shutil.disk_usage(cache).free / 1e9
+    advice = "" if free > 2 else "make room, or set FINETUNE_NB_CACHE"
+    rows.append(("cache folder", f"{cache} ({free:.1f} GB free)", advice))
+    advice = "" if data is None or Path(data).is_dir() else "set it to a folder that exists"
+    rows.append(("FINETUNE_NB_DATA", data or "not set", advice))
     try:
         rows.append(("shipped checkpoint", str(shipped_file("pretrained_resnet_model.pth")), ""))
     except FinetuneError as error:
         rows.append(("shipped checkpoint", "missing", str(error)))
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        rows.append(
-            (
-                "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
-                "set",
-                "unset it: other programs will run the code inside checkpoints",
-            )
-        )
+    if os.environ.get(name := "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        advice = "unset it: other programs will run the code inside checkpoints"
+        rows.append((name, "set", advice))
     return rows
 
 # %% ../nbs/03_environment.ipynb #4ac08407
 def notebook_hash(
     path,  # an .ipynb, or one already parsed
 ) -> str:  # 16 hexadecimal digits
-    "The hash of a notebook's code: its code cells without outputs and without the injected parameters."
-    cells = (
-        path if isinstance(path, dict) else json.loads(Path(path).read_text(encoding="utf-8"))
-    )["cells"]
-
-    def tags(cell):
-        return cell["metadata"].get("tags", [])
-
+    "The hash of a notebook's code: its code cells without outputs and without parameters."
+    notebook = path
+    if not isinstance(path, dict):
+        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    left_out = {"parameters", "injected-parameters"}
     return fingerprint(
         [
             "".join(cell["source"])
-            for cell in cells
-            if cell["cell_type"] == "code"
-            and not {"parameters", "injected-parameters"} & set(tags(cell))
+            for cell in notebook["cells"]
+            if cell["cell_type"] == "code" and not left_out & set(cell["metadata"].get("tags", []))
         ]
     )
