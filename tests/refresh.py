@@ -1,4 +1,7 @@
-"""`make notebooks`: run notebooks, store their outputs and write README.md from the home page. Names as arguments choose some of them."""
+"""`make notebooks`: run notebooks, store their outputs and write README.md from the home page.
+
+Beginnings of names as arguments choose some notebooks; `--readme` runs none.
+"""
 
 import json
 import os
@@ -38,31 +41,26 @@ def stored(output):
     return output
 
 
+def run(notebook):
+    resources = {"metadata": {"path": str(NBS)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+
+
 def refresh(path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as runs:
         # A relative working folder keeps machine paths out of what the lessons print.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ["FINETUNE_NB_RUNS"] = runs
-        for last in (
-            False,
-            True,
-        ):  # Jupyter loses the reply of a finished cell now and then, with both cores busy
+        for last in (False, True):  # with both cores busy, Jupyter loses a reply now and then
             try:
-                NotebookClient(
-                    notebook,
-                    timeout=600,
-                    kernel_name="python3",
-                    resources={"metadata": {"path": str(NBS)}},
-                ).execute()
+                run(notebook)
                 break
             except TimeoutError as error:
                 if last:
                     raise
-                print(
-                    f"{path.name}: no answer to a cell within 600 seconds, run again ({str(error)[:100]})",
-                    flush=True,
-                )
+                said = str(error)[:100]
+                print(f"{path.name}: no answer to a cell, run again ({said})", flush=True)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
@@ -85,7 +83,7 @@ def write(notebook, path):
 
 
 def readme():
-    """README.md from the home page: its prose, its code and what that prints, with links that work in the repository."""
+    """README.md from the home page: prose, code and what it prints, with the repository's links."""
     parts = []
     for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -104,17 +102,11 @@ def readme():
             if printed:
                 parts.append(f"```\n{printed.rstrip()}\n```")
     text = "\n\n".join(parts)
-    return (
-        "<!-- Written by `make notebooks` from nbs/index.ipynb. -->\n\n"
-        + text.replace("::: {.callout-note}\n", "").replace("\n:::", "")
-        + "\n"
-    )
+    return f"<!-- Written by `make readme` from nbs/index.ipynb. -->\n\n{text}\n"
 
 
 def main(names):
-    chosen = [
-        path for path in PAGES if not names or any(path.stem.startswith(name) for name in names)
-    ]
+    chosen = [p for p in PAGES if not names or any(p.stem.startswith(name) for name in names)]
     for path in chosen:
         print(path.name, flush=True)
         refresh(path)

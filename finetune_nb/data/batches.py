@@ -7,6 +7,7 @@ __all__ = ['AUGMENTATIONS', 'epoch_order', 'crop_box', 'Batch', 'Loader', 'Pixel
 
 # %% ../../nbs/reference/batches.ipynb #00fdc77c
 import concurrent.futures
+import functools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -15,24 +16,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..environment import FinetuneError, keyed_uniform, mix64, pick_device
+from ..environment import FinetuneError, keyed_seed, keyed_uniform, mix64, pick_device
 from .sources import BadImage, decode_rgb, fit_square
 
 # %% ../../nbs/reference/batches.ipynb #f044f776
+_SORTED = 4096  # up to so many samples the order is sorted out; above, it is computed position by position
+
+
+@functools.lru_cache(maxsize=4)
+def _sorted_order(n, seed, epoch):
+    "The order of a small set, int64 [n]: sorted by one random number a sample, so without any skew."
+    draw = keyed_uniform(seed, "order", np.arange(n), 1, step=epoch)[:, 0]
+    order = np.argsort(draw, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
 def epoch_order(
     n: int,  # samples in the data set
     seed: int,  # of the run
     epoch: int,  # counted from 0
     positions,  # int [P] in 0 … n−1
 ) -> np.ndarray:  # int64 [P], the samples at these positions
-    "The sample at each position of an epoch: a pseudo-random permutation computed where it is asked for."
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    """The sample at each position of an epoch: a permutation drawn by (seed, epoch), computed where it
+    is asked for, in memory that does not grow with n."""
+    positions = np.asarray(positions)
+    if n <= _SORTED:
+        return _sorted_order(n, int(seed), int(epoch))[positions]
+    half = math.ceil(math.log2(n) / 2)
     mask = np.uint64((1 << half) - 1)
-    keys = mix64(
-        mix64(np.uint64(seed % 2**64))
-        ^ (np.uint64(epoch) * np.uint64(8) + np.arange(4, dtype=np.uint64))
-    )
-    value = np.asarray(positions).astype(np.uint64)
+    keys = mix64(np.uint64(keyed_seed(seed, "order", epoch)) ^ mix64(np.arange(6, dtype=np.uint64)))
+    value = positions.astype(np.uint64)
     outside = np.ones(value.shape, bool)
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & mask
@@ -207,7 +221,7 @@ class Loader:
             epoch_order(len(self.images), self.seed, self.epoch, mine) if self.shuffle else mine
         )
         rows = self.images.rows_at(places)
-        u = keyed_uniform(self.seed, self.epoch, rows, 8)
+        u = keyed_uniform(self.seed, "augmentation", rows, 8, step=self.epoch)
         pixels, good = self._pixels(rows, u)
         if not good.all():
             pixels, rows, places, u = pixels[good], rows[good], places[good], u[good]

@@ -182,15 +182,15 @@ class Images:
         return self.select(mask)
 
     def few(self, k, seed=0):  # → Images: k rows of each class, or all where a class has fewer
-        order, rank, _ = self._ranked(seed, 0)
+        order, rank, _ = self._ranked(seed, "few")
         return self.select(np.sort(order[rank < k]))
 
     def divide(
-        self, share, seed=0
-    ):  # → (the rest, a stratified part), a pure function of (seed, row)
+        self, share, seed=0, domain="part", step=0
+    ):  # → (the rest, a stratified part), a pure function of (seed, domain, step, row)
         if not 0 < share < 1:
             raise FinetuneError(f"share={share} must lie between 0 and 1")
-        order, rank, size = self._ranked(seed, 1)
+        order, rank, size = self._ranked(seed, domain, step=step)
         part = np.zeros(len(self), bool)
         part[order] = rank < np.where(size > 1, np.maximum(1, np.round(size * share)), 0)
         return self.select(~part), self.select(part)
@@ -201,18 +201,18 @@ class Images:
         if limit < 1:
             raise FinetuneError(f"limit={limit} must be 1 or more")
         splits = np.unique(self.column("split").astype(str), return_inverse=True)[1]
-        order, rank, size = self._ranked(seed, 2, splits)
+        order, rank, size = self._ranked(seed, "limit", splits)
         # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same share of each group.
         places = order[
-            np.argsort((rank + keyed_uniform(seed, 3, order, 1)[:, 0]) / size, kind="stable")[
-                :limit
-            ]
+            np.argsort(
+                (rank + keyed_uniform(seed, "limit", order, 1, step=1)[:, 0]) / size, kind="stable"
+            )[:limit]
         ]
         return self.select(np.sort(places))
 
-    def _ranked(self, seed, purpose, splits=0):
+    def _ranked(self, seed, domain, splits=0, step=0):
         "Places in random order within each class (and split), the rank of each there, and how many there are."
-        draw = keyed_uniform(seed, purpose, self.rows_at(np.arange(len(self))), 1)[:, 0]
+        draw = keyed_uniform(seed, domain, self.rows_at(np.arange(len(self))), 1, step)[:, 0]
         group = self.labels.astype(np.int64) + 1 + splits * (len(self.classes) + 2)
         order = np.lexsort((draw, group))
         _, first, count = np.unique(group[order], return_index=True, return_counts=True)
@@ -263,7 +263,7 @@ class Images:
         if len(held) == 2:
             return self.split("train"), self.split("valid"), self.split("test")
         whole = self.split("train")
-        train, valid = whole.divide(min(1 / 6, 2000 / len(whole)), seed)
+        train, valid = whole.divide(min(1 / 6, 2000 / len(whole)), seed, "validation")
         return train, valid, self.split(held[0])
 
     def show(
@@ -272,7 +272,7 @@ class Images:
         import matplotlib.pyplot as plt
 
         n = min(n, len(self))
-        places = np.sort(np.argsort(keyed_uniform(seed, 4, np.arange(len(self)), 1)[:, 0])[:n])
+        places = np.sort(np.argsort(keyed_uniform(seed, "show", np.arange(len(self)), 1)[:, 0])[:n])
         rows = -(-n // columns)
         figure, axes = plt.subplots(
             rows, columns, figsize=(columns * 0.87, rows * 1.08), squeeze=False
@@ -347,8 +347,8 @@ def with_splits(
 ) -> Images:  # its column `split` filled
     """Name a stratified split for images that came without one: valid and test by share, train the rest. Stored in the
     index."""
-    rest, held = images.divide(test, seed)
-    train, selecting = rest.divide(valid / (1 - test), seed + 1)
+    rest, held = images.divide(test, seed, "split")
+    train, selecting = rest.divide(valid / (1 - test), seed, "split", step=1)
     names = np.full(len(images.table), "train", dtype="<U5")
     names[np.asarray(selecting.rows)], names[np.asarray(held.rows)] = "valid", "test"
     place = images.table.column_names.index("split")
