@@ -32,7 +32,6 @@ DEBTS = {
     "checks",
     "data.index",
     "data.sources",
-    "evaluation.metrics",
     "features.extraction",
     "models.loading",
     "preprocessing.auditing",

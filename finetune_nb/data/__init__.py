@@ -19,6 +19,7 @@ from finetune_nb.data.glyphs import (
 from .index import save_index, open_index, Images, from_arrays, with_splits
 from .loading import KNOWN, load_images, three_way
 from .packing import write_shards, pack, to_parquet
+from .photos import PHOTO_SIDE, PHOTO_QUALITY, PHOTO_CLASSES, cut_photos
 from finetune_nb.data.sources import (
     IMAGE_SUFFIXES,
     SPLIT_NAMES,
@@ -49,9 +50,13 @@ __all__ = [
     "KNOWN",
     "Loader",
     "MAX_PIXELS",
+    "PHOTO_CLASSES",
+    "PHOTO_QUALITY",
+    "PHOTO_SIDE",
     "PixelCache",
     "SPLIT_NAMES",
     "crop_box",
+    "cut_photos",
     "decode_rgb",
     "epoch_order",
     "fit_square",

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..environment import FinetuneError, cache_folder, fingerprint, write_atomic
+from finetune_nb.environment import (
+    FinetuneError,
+    cache_folder,
+    fingerprint,
+    shipped_file,
+    write_atomic,
+)
 from .glyphs import CLASSES, plant_defects, render_many, render_range
 from .index import Images, from_arrays, open_index, save_index, with_splits
 from .packing import write_shards
@@ -61,6 +67,7 @@ def _glyphs(limit, seed, defects):
 # %% ../../nbs/04_data.ipynb #6713dd53
 KNOWN = {  # name → places below the root where it may lie already, and torchvision's class
     "digits": ((), None),
+    "photos": ((), None),
     "glyphs": ((), None),
     "cifar10": (("cifar10-t*.tar",), "CIFAR10"),
     "hymenoptera": (("hymenoptera_data",), None),
@@ -122,6 +129,8 @@ def _find(source, root):
     "The paths behind a source: a list of tars, of Parquet files, or one folder."
     if isinstance(source, (list, tuple)):
         return [path for one in source for path in _find(one, root)]
+    if source == "photos":
+        return [shipped_file("photos.tar")]
     if source in KNOWN:
         for pattern in KNOWN[source][0]:
             found = sorted(root.glob(pattern))
