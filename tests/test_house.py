@@ -31,7 +31,6 @@ DEBTS = {
     "training.loop",
     "checks",
     "data.index",
-    "evaluation.metrics",
     "features.extraction",
     "models.loading",
     "preprocessing.auditing",

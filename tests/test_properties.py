@@ -24,7 +24,7 @@ from finetune_nb.environment import (
     mix64,
     write_atomic,
 )
-from finetune_nb.evaluation import Evaluation, mcnemar, metrics, wilson
+from finetune_nb.evaluation import Evaluation, compute_metrics, mcnemar, wilson
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import build, load_resnet, read_checkpoint
 from finetune_nb.data.decoding import (
@@ -276,7 +276,7 @@ def test_intervals_and_p_values(a, b):
 def test_metrics_lie_in_range_and_do_not_depend_on_order(n, k, seed):
     rng = np.random.default_rng(seed % 2**32)
     logits, labels = rng.normal(0, 3, (n, k)), rng.integers(0, k, n)
-    found, turned = metrics(logits, labels), metrics(logits[::-1], labels[::-1])
+    found, turned = compute_metrics(logits, labels), compute_metrics(logits[::-1], labels[::-1])
     assert all(0 <= found[name] <= 1 for name in found if name != "nll") and found["nll"] >= 0
     assert all(np.isclose(found[name], turned[name]) for name in found)
     assert np.allclose(Evaluation(logits, labels, range(k)).probabilities.sum(1), 1)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..models.edits import Activation
 from ..environment import FinetuneError, keyed_seed, pick_device, write_atomic
-from ..evaluation.metrics import evaluate
+from ..evaluation.scoring import evaluate
 from ..models.loading import layer_names, load_model, save_model, to_input, train_mode
 from .optimizers import ScheduleFree
 
