@@ -8,7 +8,6 @@ __all__ = ['KNOWN', 'load_images', 'three_way']
 # %% ../../nbs/04_data.ipynb #293ec170
 import glob
 import io
-import json
 import os
 import re
 from pathlib import Path
