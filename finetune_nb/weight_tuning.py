@@ -46,7 +46,7 @@ def blend(
     out.load_state_dict(mixed)
     return recalibrate(out, images) if images is not None else out.eval()
 
-# %% ../nbs/reference/rates.ipynb #c8e71111
+# %% ../nbs/reference/rates.ipynb #196bce24
 import copy
 import itertools
 import warnings
@@ -57,9 +57,9 @@ import torch
 from .data.index import Images
 from .environment import FinetuneError, pick_device
 from .evaluation import evaluate, paired
-from .training import Loop, Recipe, apply_strategy
+from .training import Loop, Recipe
 
-# %% ../nbs/reference/rates.ipynb #57901183
+# %% ../nbs/reference/rates.ipynb #6538c583
 class LRFinder:
     "Rates and losses of a range test, and what they suggest."
 
@@ -104,7 +104,7 @@ def _batches(loop):
     "Batches of at least two readable images, epoch after epoch; none where an epoch has none."
     for epoch in itertools.count():
         found = False
-        for batch in loop._loader(epoch, 0):
+        for batch in loop.loader(epoch, 0):
             if len(batch.labels) > 1:
                 found = True
                 yield batch
@@ -114,12 +114,13 @@ def _batches(loop):
 
 def _losses(loop, rates):
     "The loss of each step of a loop while the rate takes the values given."
-    scales = apply_strategy(loop.model, loop.recipe, loop.recipe.epochs - 1, loop.at["notes"])
+    loop.at["epoch"] = loop.recipe.epochs - 1  # where everything that ever learns is free
+    loop.begin_epoch()
     losses = []
     for rate, batch in zip(rates, _batches(loop)):
         loop.recipe, before = loop.recipe.replace(lr=float(rate)), loop.at["sums"][0]
         try:
-            loop.step(batch, scales)
+            loop.step(batch)
         except FinetuneError as error:
             if "the loss became" in str(error) and len(losses) >= 5:
                 break  # thrown out of all bounds: the test has seen what it was made for
@@ -156,7 +157,7 @@ def find_lr(
         net = copy.deepcopy(model).to(device)
         net.zero_grad(set_to_none=True)
         rates = np.geomspace(low, high, steps)
-        losses = _losses(Loop(net, images, None, plan, None, device, 2, False), rates)
+        losses = _losses(Loop(net, images, None, plan, None, device).begin(), rates)
     finally:
         torch.set_rng_state(generator)
     if not losses:
@@ -165,7 +166,7 @@ def find_lr(
         warnings.warn(f"only {len(losses)} steps were made: the suggestion rests on little")
     return LRFinder(rates[: len(losses)], losses)
 
-# %% ../nbs/reference/rates.ipynb #703ac0dc
+# %% ../nbs/reference/rates.ipynb #47f20c41
 def greedy_soup(
     models,  # fine-tuned from one start
     valid: Images,  # they decide who gets in
@@ -185,7 +186,7 @@ def greedy_soup(
             inside, best, soup = chosen, accuracy, tried
     return soup, inside
 
-# %% ../nbs/reference/rates.ipynb #be300680
+# %% ../nbs/reference/rates.ipynb #9537f0e4
 def by_way(
     ledger,  # a `Ledger` whose rows hold `values`, one a seed
 ) -> dict:  # way → {test: accuracies by seed}

@@ -7,15 +7,14 @@ import time
 import torch
 
 torch.set_num_threads(1)
-from finetune_nb.training import loop as engine  # noqa: E402
 from finetune_nb.data import load_images  # noqa: E402
 from finetune_nb.models import load_resnet  # noqa: E402
-from finetune_nb.training import Recipe, fit  # noqa: E402
+from finetune_nb.training import Loop, Recipe, fit  # noqa: E402
 
 folder, recipe = sys.argv[1], Recipe(**json.loads(sys.argv[2]))
 if len(sys.argv) > 3:  # time to be killed in
-    step = engine.Loop.step
-    engine.Loop.step = lambda self, *args: (
+    step = Loop.step
+    Loop.step = lambda self, *args: (
         step(self, *args),
         print(self.at["step"], flush=True),
         time.sleep(float(sys.argv[3])),

@@ -13,11 +13,10 @@ import time
 import torch
 
 torch.set_num_threads(1)  # before anything else: a fork inherits no threads
-from finetune_nb.training import loop as engine  # noqa: E402
 from finetune_nb.data import load_images  # noqa: E402
 from finetune_nb.models.edits import replace_activation  # noqa: E402
 from finetune_nb.models import load_model, load_resnet  # noqa: E402
-from finetune_nb.training import Recipe, fit  # noqa: E402
+from finetune_nb.training import Loop, Recipe, fit  # noqa: E402
 
 TRAIN, VALID, _ = load_images("digits", limit=160).three_way()
 KILLS = (3, 7, 9, 19)  # steps after which: 7 end an epoch
@@ -27,8 +26,8 @@ def train(folder, recipe, steps=None):
     """In the child: one run from wherever the folder stands; after each step its number goes through the pipe, and time to be killed in."""
     activation = recipe.pop("activation", None)
     if steps:
-        step = engine.Loop.step
-        engine.Loop.step = lambda self, *args: (
+        step = Loop.step
+        Loop.step = lambda self, *args: (
             step(self, *args),
             os.write(steps, bytes([self.at["step"]])),
             time.sleep(0.02),

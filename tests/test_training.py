@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from finetune_nb.data import load_images
-from finetune_nb.training.loop import STRATEGIES, Loop, Strategy, make_optimizer, momentum_at, rate
+from finetune_nb.training import (
+    EMA,
+    STRATEGIES,
+    GroupOf,
+    Loop,
+    layer_groups,
+    make_optimizer,
+    momentum_at,
+    rate,
+    strategy,
+)
 from finetune_nb.environment import FinetuneError
 from finetune_nb.evaluation import evaluate
 from finetune_nb.data.index import from_arrays
@@ -116,7 +126,8 @@ def test_schedule():
 
 
 def test_no_decay_on_norms_and_biases():
-    for group in make_optimizer(net(), SMALL).param_groups:
+    model = net()
+    for group in make_optimizer(model, SMALL, GroupOf(model), bool).param_groups:
         for p in group["params"]:
             assert (group["weight_decay"] > 0) == (p.ndim > 1)
 
@@ -352,23 +363,18 @@ def test_early_stopping_keeps_the_best_by_validation(parts):
     assert evaluate(model, parts[1]).nll == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_ema_is_the_average(parts):
-    model = net()
+def test_ema_is_the_average(parts, monkeypatch):
+    model, seen = net(), []
     recipe = SMALL.replace(epochs=1, ema=0.8, channels_last=False)
-    loop = Loop(net(), parts[0], None, recipe, None, torch.device("cpu"), 1, False)
-    seen = []
-    original = Loop._follow
+    mean, original = net().fc.weight.detach().double(), EMA.on_step_end
 
-    def follow(self, step):
-        original(self, step)
-        seen.append((self.model.fc.weight.detach().clone(), step))
+    def watch(self, loop):
+        original(self, loop)
+        seen.append((loop.model.fc.weight.detach().clone(), loop.at["step"]))
 
-    Loop._follow = follow
-    try:
-        quiet(model, parts[0], recipe=recipe)
-    finally:
-        Loop._follow = original
-    mean = loop.average.fc.weight.detach().double()
+    monkeypatch.setattr(EMA, "on_step_end", watch)
+    quiet(model, parts[0], recipe=recipe)
+    assert [step for _, step in seen] == list(range(len(seen)))
     for value, step in seen:
         decay = min(0.8, (1 + step) / (10 + step))
         mean = decay * mean + (1 - decay) * value.double()
@@ -480,11 +486,10 @@ def test_a_full_disk_loses_nothing(parts, tmp_path, monkeypatch):
 
 
 def test_strategies_are_registered_by_name(parts):
-    STRATEGIES["stem"] = Strategy(
-        lambda model, recipe, epoch, notes: {
-            name: float(name in ("conv1", "fc")) for name, _ in model.named_children()
-        }
-    )
+    @strategy("stem")
+    def stem(model, recipe, epoch, notes):
+        return {group: float(group in ("stem", "head")) for group in layer_groups(model)}
+
     try:
         model = net()
         before = model.layer2[0].conv1.weight.clone()
