@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/room_checks.ipynb #769c6be4
+# %% ../../nbs/reference/room_checks.ipynb #bcfd6160
 from . import foundations, networks, results
-from .checker import CHECKS, check, checker, close
+from .checker import CHECKS, check, close, exercise
 
 _LESSONS = (foundations, networks, results)  # importing them registers their exercises
-__all__ = ["CHECKS", "check", "checker", "close"]
+__all__ = ["CHECKS", "check", "close", "exercise"]

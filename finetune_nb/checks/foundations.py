@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/checks_foundations.ipynb #adde4e9e
+# %% ../../nbs/reference/checks_foundations.ipynb #0ae6a5d1
 import numpy as np
 
-from .checker import checker, close
+from .checker import close, exercise
 
 # %% ../../nbs/reference/checks_foundations.ipynb #67314af3
-@checker("1.1")
+@exercise("1.1")
 def _(answer):
     if answer(0.5, 0.75) is None:
         return "return the share of the errors that is gone"
@@ -24,7 +24,7 @@ def _(answer):
     )
 
 
-@checker("1.2")
+@exercise("1.2")
 def _(answer):
     if close(answer(400, 400), 0.0):
         return "400 right out of 400 does not mean that errors are impossible"
@@ -35,7 +35,7 @@ def _(answer):
     )
 
 
-@checker("1.3")
+@exercise("1.3")
 def _(answer):
     flags = answer(["a", "b", "c"], ["c", "d"])
     if flags is None:
@@ -47,7 +47,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_foundations.ipynb #65f171bc
-@checker("2.1")
+@exercise("2.1")
 def _(answer):
     got = answer({"conv1": 10, "layer1": 20, "fc": 5}, {"fc"})
     if close(got, 5 / 35):
@@ -59,7 +59,7 @@ def _(answer):
     )
 
 
-@checker("2.2")
+@exercise("2.2")
 def _(answer):
     if close(answer(1000, 10, 64), 150):
         return "a last, smaller batch is a step too: round up"
@@ -70,7 +70,7 @@ def _(answer):
     )
 
 
-@checker("2.3")
+@exercise("2.3")
 def _(answer):
     w, g = np.array([1.0, 2.0]), np.array([0.5, -0.5])
     if close(answer(w, g, 0.1), w + 0.1 * g):
@@ -82,7 +82,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_foundations.ipynb #9fa80bae
-@checker("3.1")
+@exercise("3.1")
 def _(answer):
     if (
         answer("2.9.1", "2.11.0") is True
@@ -97,7 +97,7 @@ def _(answer):
     )
 
 
-@checker("3.2")
+@exercise("3.2")
 def _(answer):
     first, again, other = answer(1, 5), answer(1, 5), answer(2, 5)
     if first is None:
@@ -107,7 +107,7 @@ def _(answer):
     return "another seed must give other numbers" if close(first, other) else ""
 
 
-@checker("3.3")
+@exercise("3.3")
 def _(answer):
     import os
     import tempfile
@@ -129,7 +129,7 @@ def _(answer):
         )
 
 # %% ../../nbs/reference/checks_foundations.ipynb #cbc3b245
-@checker("4.1")
+@exercise("4.1")
 def _(answer):
     got = answer(["train/cat/1.jpg", "train/dog/2.jpg"])
     if got == ["train", "train"]:
@@ -141,7 +141,7 @@ def _(answer):
     )
 
 
-@checker("4.2")
+@exercise("4.2")
 def _(answer):
     labels = np.repeat([0, 1], [90, 10])
     mask = answer(labels, 0.2)
@@ -159,7 +159,7 @@ def _(answer):
     )
 
 
-@checker("4.3")
+@exercise("4.3")
 def _(answer):
     order = [answer(10, 7, position) for position in range(10)]
     if None in order:
@@ -173,7 +173,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_foundations.ipynb #37006b98
-@checker("5.1")
+@exercise("5.1")
 def _(answer):
     p = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]])
     got = answer(p, np.array([0, 1, 1, 0]), 2)
@@ -188,7 +188,7 @@ def _(answer):
     )
 
 
-@checker("5.2")
+@exercise("5.2")
 def _(answer):
     x = np.array([1.0, 2.0, 3.0, 10.0, 50.0, 7.0])
     got = answer([(2, x[:2].sum(), (x[:2] ** 2).sum()), (4, x[2:].sum(), (x[2:] ** 2).sum())])
@@ -204,7 +204,7 @@ def _(answer):
     )
 
 
-@checker("5.3")
+@exercise("5.3")
 def _(answer):
     got = answer([(0, 1), (2, 3), (4, 5)], ["train", "test", "train", "train", "test", "test"])
     if got is None:

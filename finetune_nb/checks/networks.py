@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/checks_networks.ipynb #60a7c78c
+# %% ../../nbs/reference/checks_networks.ipynb #2683852b
 import numpy as np
 
-from .checker import checker, close
+from .checker import close, exercise
 
 # %% ../../nbs/reference/checks_networks.ipynb #46c26a67
-@checker("6.1")
+@exercise("6.1")
 def _(answer):
     got = answer({"module.conv1.weight": 1, "module.linear.bias": 2})
     if got == {"conv1.weight": 1, "linear.bias": 2}:
@@ -24,7 +24,7 @@ def _(answer):
     )
 
 
-@checker("6.2")
+@exercise("6.2")
 def _(answer):
     pixels = np.array([0.0, 255.0])
     if close(answer(pixels, 0.5, 0.25), (pixels - 0.5) / 0.25):
@@ -36,7 +36,7 @@ def _(answer):
     )
 
 
-@checker("6.3")
+@exercise("6.3")
 def _(answer):
     from torch import nn
 
@@ -55,7 +55,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_networks.ipynb #ebb724fa
-@checker("7.1")
+@exercise("7.1")
 def _(answer):
     maps = np.arange(2 * 3 * 2 * 2, dtype=float).reshape(2, 3, 2, 2)
     got = answer(maps)
@@ -71,7 +71,7 @@ def _(answer):
     )
 
 
-@checker("7.2")
+@exercise("7.2")
 def _(answer):
     if close(answer(1000, [64, 128], 4), 3.072):
         return "that is four bytes a number; float16 has two"
@@ -82,7 +82,7 @@ def _(answer):
     )
 
 
-@checker("7.3")
+@exercise("7.3")
 def _(answer):
     train, test = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[4.0, 6.0]])
     got = answer(train, test)
@@ -99,7 +99,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_networks.ipynb #359e560b
-@checker("8.1")
+@exercise("8.1")
 def _(answer):
     weights = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 1.5], [-2.0, 2.0, 0.0], [3.0, -3.5, 1.0]])
     got = answer(weights, 2)
@@ -115,7 +115,7 @@ def _(answer):
     )
 
 
-@checker("8.2")
+@exercise("8.2")
 def _(answer):
     got = answer(np.array([3.0, 4.0]), 1.0)
     if close(got, [2.0, 3.0]):
@@ -134,7 +134,7 @@ def _(answer):
     )
 
 
-@checker("8.3")
+@exercise("8.3")
 def _(answer):
     values, labels = np.array([1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0]), np.array([0, 0, 0, 1, 1, 1, 1])
     got, between, inside = (
@@ -152,7 +152,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_networks.ipynb #9e70aee2
-@checker("9.1")
+@exercise("9.1")
 def _(answer):
     if answer(0, 100, 0.1, 1.0) == 0:
         return "a rate of 0 wastes the first step: begin above it"
@@ -166,7 +166,7 @@ def _(answer):
     )
 
 
-@checker("9.2")
+@exercise("9.2")
 def _(answer):
     from torch import nn
 
@@ -186,7 +186,7 @@ def _(answer):
     )
 
 
-@checker("9.3")
+@exercise("9.3")
 def _(answer):
     if (
         answer([1.0, 0.8, 0.7, 0.75, 0.9], 2) == 4

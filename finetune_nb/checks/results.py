@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/checks_results.ipynb #fe92a041
+# %% ../../nbs/reference/checks_results.ipynb #20e8aae5
 import numpy as np
 
-from .checker import checker, close
+from .checker import close, exercise
 
 # %% ../../nbs/reference/checks_results.ipynb #b10e7f62
-@checker("10.1")
+@exercise("10.1")
 def _(answer):
     a, b = {"w": np.array([0.0, 2.0])}, {"w": np.array([4.0, 4.0])}
     got = answer(a, b, 0.25)
@@ -26,7 +26,7 @@ def _(answer):
     )
 
 
-@checker("10.2")
+@exercise("10.2")
 def _(answer):
     got = answer(3, 0.1, 2.0)
     if got is None:
@@ -40,7 +40,7 @@ def _(answer):
     )
 
 
-@checker("10.3")
+@exercise("10.3")
 def _(answer):
     g, w = [np.array([3.0, 0.0]), np.array([4.0])], [np.array([6.0, 0.0]), np.array([[8.0]])]
     got = answer([g[0], 2 * g[1]], w)
@@ -58,7 +58,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_results.ipynb #049e7830
-@checker("13.1")
+@exercise("13.1")
 def _(answer):
     got = answer([0] * 90 + [1] * 10, [0] * 100)
     if close(got, 0.9):
@@ -70,7 +70,7 @@ def _(answer):
     )
 
 
-@checker("13.2")
+@exercise("13.2")
 def _(answer):
     got = answer(9, 1)
     if close(got, 22 / 1024 / 2):
@@ -83,7 +83,7 @@ def _(answer):
     )
 
 
-@checker("13.3")
+@exercise("13.3")
 def _(answer):
     got = answer(np.array([0.9, 0.9, 0.6, 0.6]), np.array([1, 1, 1, 0]))
     if close(got, 0.0):
@@ -95,7 +95,7 @@ def _(answer):
     )
 
 # %% ../../nbs/reference/checks_results.ipynb #5689d50b
-@checker("14.1")
+@exercise("14.1")
 def _(answer):
     image = np.array([[50.0, 100.0], [150.0, 200.0]])
     if close(answer(image), image / 255):
@@ -108,7 +108,7 @@ def _(answer):
     )
 
 
-@checker("14.2")
+@exercise("14.2")
 def _(answer):
     logits, labels = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 1])
     return (
@@ -118,7 +118,7 @@ def _(answer):
     )
 
 
-@checker("14.3")
+@exercise("14.3")
 def _(answer):
     if close(answer([0.9, 0.95, 0.93], [0.5, 0.6, 0.4]), 0.95):
         return (
