@@ -118,6 +118,20 @@ def said(cell, following):
     return re.split(r"(?<=[.!?])\s", text.replace("\n", " "))[0][:250] or "A figure"
 
 
+def as_table(html):
+    "Text in columns as a table, where every line has as many entries; other markup as it is."
+    inside = re.fullmatch(r"\s*<pre[^>]*>(.*)</pre>\s*", html, re.S)
+    rows = [re.split(r"\s{2,}", ln.strip()) for ln in inside[1].splitlines()] if inside else []
+    rows = [row for row in rows if row != [""]]
+    if len(rows) < 2 or len(rows[0]) < 2 or len({len(row) for row in rows}) > 1:
+        return html
+    lines = []
+    for i, row in enumerate(rows):
+        kind = "td" if i else "th"
+        lines.append("<tr>" + "".join(f"<{kind}>{entry}</{kind}>" for entry in row) + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
 def finish_cell(cell, following, here, known):
     "Mend one cell of a processed page, in place."
     if cell["cell_type"] == "markdown":
@@ -133,7 +147,7 @@ def finish_cell(cell, following, here, known):
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "text/html" in data:  # Quarto would load scripts from another host for it
-            html = "".join(data.pop("text/html"))
+            html = as_table("".join(data.pop("text/html")))
             data["text/markdown"] = f"```{{=html}}\n{html}\n```".splitlines(keepends=True)
         elif "text/markdown" in data:
             text = local_links("".join(data["text/markdown"]), here, known)

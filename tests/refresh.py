@@ -3,6 +3,7 @@
 Beginnings of names as arguments choose some notebooks; `--readme` runs none.
 """
 
+import ast
 import json
 import os
 import re
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 sys.path.insert(0, str(ROOT))
 from finetune_nb.environment import notebook_hash
-from lessons import PAGES  # noqa: E402
+from lessons import PAGES, cells, parameters  # noqa: E402
 
 WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
 
@@ -82,25 +83,42 @@ def write(notebook, path):
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
+def with_values(code, values):
+    """Code with the notebook's parameters written out, so that it runs where it is pasted."""
+    lines = code.splitlines()
+    names = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name) and n.id in values]
+    for name in sorted(names, key=lambda n: (n.lineno, n.col_offset), reverse=True):
+        line = lines[name.lineno - 1].encode()  # ast counts bytes
+        value = json.dumps(values[name.id]) if isinstance(values[name.id], str) else None
+        value = (value or repr(values[name.id])).encode()
+        line = line[: name.col_offset] + value + line[name.end_col_offset :]
+        lines[name.lineno - 1] = line.decode()
+    return "\n".join(lines)
+
+
+def repository_links(text):
+    """Links of a page in nbs/, for a page at the top."""
+    inside = re.sub(r"\]\((?!https?:|mailto:|#|\.\./|/)([^)\s]+)", r"](nbs/\1", text)
+    return inside.replace("](../", "](")
+
+
+def printed_by(cell):
+    """The text under a cell, as one string."""
+    texts = (o.get("text", o.get("data", {}).get("text/plain", "")) for o in cell["outputs"])
+    return "".join("".join(text) for text in texts).rstrip()
+
+
 def readme():
     """README.md from the home page: prose, code and what it prints, with the repository's links."""
-    parts = []
-    for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
+    values, parts = parameters(NBS / "index.ipynb"), []
+    for cell in cells(NBS / "index.ipynb"):
+        text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(
-                re.sub(r"\]\((?!https?:|#|\.\./|/)([\w./-]+)", r"](nbs/\1", source).replace(
-                    "](../", "]("
-                )
-            )
-        elif "#| hide" not in source and "parameters" not in cell["metadata"].get("tags", []):
-            parts.append(f"```python\n{source}\n```")
-            printed = "".join(
-                "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
-                for o in cell["outputs"]
-            )
-            if printed:
-                parts.append(f"```\n{printed.rstrip()}\n```")
+            parts.append(repository_links(text))
+        elif "#| hide" not in text and "parameters" not in cell["metadata"].get("tags", []):
+            parts.append(f"```python\n{with_values(text, values)}\n```")
+            if printed_by(cell):
+                parts.append(f"```\n{printed_by(cell)}\n```")
     text = "\n\n".join(parts)
     return f"<!-- Written by `make readme` from nbs/index.ipynb. -->\n\n{text}\n"
 
