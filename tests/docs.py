@@ -109,13 +109,21 @@ def every_name(text, here, known):
     return re.sub(r"(?<!\[)`([^`\n]+)`(?!\])", linked, text)
 
 
+LABEL = re.compile(r"""(xlabel|ylabel|title)\s*[=(]\s*f?["']([^"'{}]{3,80})["']""")
+
+
 def said(cell, following):
-    "What stands in for a missing alt text: the last line printed, or what follows."
-    printed = "".join("".join(o.get("text", "")) for o in cell["outputs"]).strip()
+    "What stands in for a missing alt text: the words on the axes, and what is said of the figure."
+    words = {kind: label.strip() for kind, label in LABEL.findall("".join(cell["source"]))}
+    parts = [words["title"]] if "title" in words else []
+    if {"xlabel", "ylabel"} <= set(words):
+        parts.append(f"{words['ylabel']} (upwards) against {words['xlabel']} (to the right)")
     prose = next((c for c in following if c["cell_type"] == "markdown"), None)
-    text = printed.splitlines()[-1] if printed else "".join(prose["source"]) if prose else ""
-    text = re.sub(r"[#*`>\[\]\"\\]|\]\([^)]*\)", "", text).strip()
-    return re.split(r"(?<=[.!?])\s", text.replace("\n", " "))[0][:250] or "A figure"
+    lines = "".join(prose["source"]).splitlines() if prose else []
+    parts.append(" ".join(line for line in lines if line.strip() and line[0] not in "#|>`<"))
+    text = re.sub(r"\]\([^)]*\)|[*`\[\]\"\\]", "", ". ".join(filter(None, parts)))
+    sentences = re.split(r"(?<=[.!?:])\s+", text.strip())
+    return " ".join(sentences[:3])[:300].strip() or "A figure that the code above draws."
 
 
 def as_table(html):

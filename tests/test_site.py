@@ -253,10 +253,14 @@ def test_links_inside_code_are_names_again():
 
 def test_a_missing_alt_text_is_made_of_what_is_said():
     drawn = {"data": {"image/png": "x"}, "output_type": "display_data"}
-    printed = {"name": "stdout", "output_type": "stream", "text": ["one\n", 'the "last" line.\n']}
-    cell = {"cell_type": "code", "source": "plot()", "outputs": [drawn, printed]}
-    docs.finish_cell(cell, [], NBS, {})
-    assert cell["source"].startswith('#| fig-alt: "the last line."\n')
+    source = 'axis.set(xlabel="steps", ylabel="loss")'
+    cell = {"cell_type": "code", "source": source, "outputs": [drawn]}
+    prose = {"cell_type": "markdown", "source": '## Next\n\nIt *falls*, "fast". And so on.'}
+    docs.finish_cell(cell, [prose], NBS, {})
+    alt = cell["source"].splitlines()[0]
+    assert alt.startswith(
+        '#| fig-alt: "loss (upwards) against steps (to the right). It falls, fast.'
+    )
     given = {"cell_type": "code", "source": '#| fig-alt: "mine"\nplot()', "outputs": [drawn]}
     docs.finish_cell(given, [], NBS, {})
     assert given["source"].count("fig-alt") == 1
