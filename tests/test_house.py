@@ -31,7 +31,6 @@ DEBTS = {
     "training.loop",
     "checks",
     "data.index",
-    "data.sources",
     "features.extraction",
     "models.loading",
     "preprocessing.auditing",
