@@ -159,6 +159,7 @@ def finish_cell(cell, following, here, known):
             data["text/markdown"] = f"```{{=html}}\n{html}\n```".splitlines(keepends=True)
         elif "text/markdown" in data:
             text = local_links("".join(data["text/markdown"]), here, known)
+            text = every_name(text, here, known) if here.stem == "names" else text
             text = re.sub(r"^def ([A-Z])", r"class \1", text, flags=re.M)
             data["text/markdown"] = text.splitlines(keepends=True)
 
@@ -182,23 +183,30 @@ def finish(pages, checkout):
 
 
 def download(here):
-    "A way to the notebook of a page, as markup: Quarto would turn a link into one to the page."
+    "A place for the way to the notebook: Quarto would turn a link into one to the page."
     up = "../" * (len(here.parts) - 1)
-    link = f'<a href="{up}notebooks/{here.as_posix()}" download>Download this notebook</a>'
-    text = f'```{{=html}}\n<p class="download">{link}</p>\n```'
+    place = f'<p class="download" data-notebook="{up}notebooks/{here.as_posix()}"></p>'
+    text = f"```{{=html}}\n{place}\n```"
     return {"cell_type": "markdown", "id": "download", "metadata": {}, "source": text}
 
 
+PLACE = re.compile(r'<p class="download" data-notebook="([^"]+)">\s*</p>')
+LINK = r'<p class="download"><a href="\1" download>Download this notebook</a></p>'
+
+
 def render(pages):
-    "Quarto's part; the folder of the site."
+    "Quarto's part, and the notebooks to be downloaded; the folder of the site."
     done = subprocess.run(["quarto", "render", "--no-cache"], cwd=pages)
     if done.returncode:
         raise RuntimeError(f"quarto ended with status {done.returncode}; its words stand above")
-    site = pages / "_docs"
-    for path in notebooks_of(pages.parent / "nbs"):
-        target = site / "notebooks" / path.relative_to(pages.parent / "nbs")
+    site, notebooks = pages / "_docs", pages.parent / "nbs"
+    for path in notebooks_of(notebooks):
+        target = site / "notebooks" / path.relative_to(notebooks)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(PLACE.sub(LINK, text), encoding="utf-8")
     return site
 
 

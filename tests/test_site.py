@@ -60,7 +60,8 @@ def site(tmp_path_factory):
     pages = docs.process(checkout)
     before = read(pages)
     docs.finish(pages, checkout)
-    return before, read(pages), checkout
+    after = {name: page for name, page in read(pages).items() if name in before}
+    return before, after, checkout
 
 
 def test_page_names_are_unique():
@@ -230,7 +231,8 @@ def test_every_page_offers_its_notebook(site):
     for name, page in site[1].items():
         if name != "index.ipynb":
             up = "../" * name.count("/")
-            assert f'href="{up}notebooks/{name}" download' in text_of(page), name
+            place = docs.PLACE.search(text_of(page))
+            assert place and place[1] == f"{up}notebooks/{name}", name
 
 
 def test_printed_columns_become_a_table():
@@ -484,4 +486,7 @@ def test_site_renders(site):
         page = (folder / page_name(path)).read_text(encoding="utf-8")
         fetched = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
         assert not fetched, f"{path.name}: {fetched}"
+        name = path.relative_to(NBS)
+        assert (folder / "notebooks" / name).read_bytes() == path.read_bytes()
+        assert path.stem == "index" or f'notebooks/{name.as_posix()}" download>' in page
         assert "<img" not in page or not re.search(r"<img(?![^>]*alt=)[^>]*>", page), path.name
