@@ -27,7 +27,7 @@ from finetune_nb.environment import (
 from finetune_nb.evaluation import Evaluation, compute_metrics, mcnemar, wilson
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import build, load_resnet, read_checkpoint
-from finetune_nb.data.sources import (
+from finetune_nb.data.decoding import (
     BadImage,
     _plain_jpeg,
     decode_rgb,
