@@ -34,7 +34,6 @@ DEBTS = {
     "data.sources",
     "evaluation.metrics",
     "features.extraction",
-    "models.loading",
     "preprocessing.auditing",
 }
 
