@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Byte code makes every later start faster; progress bars do not belong in logs.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo lab test notebooks docs bench fuzz clean
+.PHONY: demo lab test notebooks readme docs bench fuzz clean
 
 .venv/ready: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: run make PYTHON=/path/to/python3.10"; exit 1; }
@@ -22,13 +22,17 @@ lab: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Export, run every notebook, store its outputs, write README.md.
 notebooks: .venv/ready
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/refresh.py
 
+readme: .venv/ready
+	$(BIN)/python tests/refresh.py --readme
+
+# The site in _docs/. Without Quarto it says what is missing; no other file changes.
 docs: .venv/ready
-	@command -v quarto >/dev/null || $(BIN)/python -m pip install --quiet quarto-cli
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/docs.py
 
 bench: .venv/ready
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -112,7 +112,7 @@ def evaluate(
 ):
     "Measure a trained model on a source of images."
     from finetune_nb.data.loading import load_images
-    from finetune_nb.evaluation.metrics import evaluate as measure
+    from finetune_nb.evaluation.scoring import evaluate as measure
     from finetune_nb.models.loading import load_model
 
     net, images = load_model(model), load_images(data, split, limit=limit)
@@ -222,7 +222,7 @@ def report(
 ):
     "Write the report of a finished run anew, from its stored evaluation."
     from finetune_nb.data.loading import load_images
-    from finetune_nb.evaluation.metrics import Evaluation
+    from finetune_nb.evaluation.scoring import Evaluation
     from finetune_nb.report import write_report
     from finetune_nb.training.run import Run
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .data.loading import Images
 from .environment import sha256_file, versions, write_atomic
-from .evaluation.metrics import Evaluation
+from .evaluation.scoring import Evaluation
 from .training.run import Run
 
 # %% ../nbs/reference/report.ipynb #175e6044

@@ -12,7 +12,7 @@ import torch
 
 from .data.loading import load_images
 from .environment import write_atomic
-from .evaluation.metrics import evaluate
+from .evaluation.scoring import evaluate
 from .models.loading import load_resnet, save_model
 from .report import write_card, write_report
 from .training.run import Recipe, fit

@@ -15,7 +15,7 @@ import torch
 
 from .training.loop import Loop, apply_strategy, recalibrate
 from .environment import FinetuneError, pick_device
-from .evaluation.metrics import evaluate
+from .evaluation.scoring import evaluate
 from .data.index import Images
 from .training.run import Recipe
 

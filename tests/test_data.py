@@ -1,8 +1,12 @@
 """Sources, the index, the order, the loader, packing."""
 
+import copy
+import errno
 import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,10 +20,12 @@ from conftest import make_photos, needs_real_data
 from PIL import Image
 
 from finetune_nb.data import load_images
-from finetune_nb.environment import FinetuneError
+from finetune_nb.environment import FinetuneError, write_atomic
 from finetune_nb.data.glyphs import CLASSES, DEFECTS, fonts_for, render_glyph
 from finetune_nb.data.index import Images, from_arrays, open_index, save_index
-from finetune_nb.data.sources import MAX_PIXELS, BadImage, make_table, open_rgb, scan_folder
+from finetune_nb.data.decoding import MAX_PIXELS, BadImage, open_rgb
+from finetune_nb.data.reading import ByteReader
+from finetune_nb.data.sources import make_table, scan_folder
 
 
 def encoded(image, kind="PNG", **options):
@@ -552,3 +558,302 @@ def test_select_refuses_a_mask_of_another_length():
         load_images("digits").select(np.ones(3, bool))
     assert isinstance(load_images("digits").select([1, 2, 3]).rows, range)
     assert isinstance(load_images("digits"), Images)
+
+
+def chunked(n=9):
+    """An index in three chunks whose dictionaries differ, as a large Parquet file is read."""
+    parts = []
+    for i, name in enumerate(("train", "test", "valid")):
+        images = from_arrays(np.zeros((n, 4, 4), np.uint8), np.arange(n) % 3, splits=[name] * n)
+        parts.append(images.table)
+    return pa.concat_tables(parts)
+
+
+def test_a_table_in_chunks_is_read_whole(tmp_path):
+    table = chunked()
+    assert table["split"].num_chunks == 3
+    pixels = np.arange(27, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    images = Images(table, memory=pixels)
+    assert len(images.labels) == 27
+    assert images.counts("split") == {"train": 9, "test": 9, "valid": 9}
+    assert set(np.asarray(images.split("valid").rows).tolist()) == set(range(18, 27))
+    again = Images(save_index(table, tmp_path / "i.arrow"), memory=pixels)
+    assert again.table["label"].num_chunks == 1 and again.fingerprint() == images.fingerprint()
+
+
+def test_keys_that_do_not_fit_one_chunk_become_one(monkeypatch):
+    """What 2 GiB of keys do: a column that stays in chunks. Here combining is stopped short of it."""
+    from finetune_nb.data import reading
+
+    class Stubborn:
+        """A table whose string column does not combine."""
+
+        def __init__(self, table):
+            self.table = table
+
+        column_names = property(lambda self: self.table.column_names)
+        __getitem__ = lambda self, name: self.table[name]  # noqa: E731
+        unify_dictionaries = lambda self: self  # noqa: E731
+
+        def combine_chunks(self):
+            whole = self.table.unify_dictionaries().combine_chunks()
+            return whole.set_column(0, "key", self.table["key"])
+
+    whole = reading.whole_table(Stubborn(chunked()))
+    assert whole["key"].num_chunks == 1 and pa.types.is_large_string(whole["key"].type)
+    assert whole["key"].to_pylist() == chunked()["key"].to_pylist()
+
+
+def test_a_packed_index_of_many_row_groups(tmp_path):
+    """The reader gives a Parquet file in chunks; each has a dictionary of its own."""
+    folder = load_images("digits", limit=40).pack(tmp_path / "p", encoding="raw")
+    before = load_images(folder)
+    table = pq.read_table(folder / "index.parquet")
+    order = np.argsort(table["split"].to_numpy())
+    pq.write_table(table.take(order), folder / "index.parquet", row_group_size=7)
+    after = load_images(folder)
+    assert after.counts("split") == before.counts("split") and len(after.labels) == 40
+
+
+@pytest.mark.parametrize("places", [[0, 6], [-7], [1.0], [[0, 1]], ["a"], [True, False]])
+def test_select_refuses_what_lies_outside(places):
+    images = from_arrays(
+        np.zeros((10, 4, 4), np.uint8), np.arange(10) % 2, splits=["train"] * 6 + ["test"] * 4
+    )
+    with pytest.raises(FinetuneError):
+        images.split("train").select(places)
+    for method in (images.split("train").rows_at, images.split("train").labels_at):
+        with pytest.raises(FinetuneError, match="outside"):
+            method([6])
+
+
+def test_rows_may_repeat_and_count_from_the_end():
+    images = load_images("digits", limit=60)
+    chosen = images.select([3, 3, -1, 0])
+    rows = np.concatenate([b.rows for b in chosen.loader(batch_size=3, size=8)])
+    assert rows.tolist() == chosen.rows_at([0, 1, 2, 3]).tolist() and rows[0] == rows[1]
+    assert len(chosen.column("key")) == 4 and chosen.select([]).rows_at([]).tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "parquet", "raw"])
+def test_images_are_pickled_and_copied(tmp_path, kind):
+    images = load_images(make_photos(tmp_path / "p", 2, 6))
+    if kind == "memory":
+        images = load_images("digits", limit=12)
+    if kind == "parquet":
+        images = load_images(images.to_parquet(tmp_path / "x.parquet"))
+    if kind == "raw":
+        images = load_images(images.pack(tmp_path / "k", size=16, encoding="raw"))
+    part = images.select([2, 0, 5])
+    part[0]  # a file is open
+    for again in (pickle.loads(pickle.dumps(part)), copy.deepcopy(part), copy.copy(part)):
+        assert again.classes == part.classes and again.fingerprint() == part.fingerprint()
+        assert np.array_equal(np.asarray(again[1][0]), np.asarray(part[1][0]))
+
+
+def png(seed, size=12):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture_folder(folder, seed=0, n=5):
+    for c in "ab":
+        (folder / c).mkdir(parents=True)
+        for i in range(n):
+            (folder / c / f"{i}.png").write_bytes(png([seed, ord(c), i]))
+    return folder
+
+
+def test_identity_follows_contents(tmp_path):
+    """The same bytes elsewhere are the same set; other bytes, names or labels are another."""
+    first = picture_folder(tmp_path / "one")
+    shutil.copytree(first, tmp_path / "two")
+    a, b = load_images(first), load_images(tmp_path / "two")
+    assert a.fingerprint() == b.fingerprint()
+    (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
+    assert load_images(tmp_path / "two").fingerprint() != a.fingerprint()
+    assert a.select([1, 0]).fingerprint() != a.select([0, 1]).fingerprint()
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_picture_replaced_in_place_is_noticed(tmp_path, keep_time):
+    """Same name, same size; also where the old modification time was put back."""
+    folder = picture_folder(tmp_path / "d")
+    path = folder / "a" / "2.png"
+    images = load_images(folder)
+    before = images.fingerprint()
+    assert list(images.loader(batch_size=10, size=8))
+    old, stat = path.read_bytes(), path.stat()
+    new = old[:60] + bytes([old[60] ^ 255]) + old[61:]
+    path.write_bytes(new)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert images.fingerprint() != before and load_images(folder).fingerprint() != before
+    assert not images.shared["caches"]  # nothing that was decoded before is handed out
+    path.write_bytes(old)
+    assert images.fingerprint() == before
+
+
+def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch):
+    folder = picture_folder(tmp_path / "d")
+    for path in folder.rglob("*.png"):
+        os.utime(path, (10**9, 10**9))
+    reads = []
+    original = ByteReader._whole
+    monkeypatch.setattr(ByteReader, "_whole", lambda s, f: reads.append(f) or original(s, f))
+    # Times of change cannot be set: the clock of the hashing is moved on instead.
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    before = load_images(folder).fingerprint()
+    assert len(reads) == 10
+    assert load_images(folder).fingerprint() == before and len(reads) == 10
+    monkeypatch.setattr(time, "time_ns", now)
+    (folder / "b" / "1.png").write_bytes(png(99))
+    changed = load_images(folder).fingerprint()
+    assert changed != before and len(reads) == 11
+    # Changed just now: within a clock's step it might change again, so it is not trusted.
+    assert load_images(folder).fingerprint() == changed and len(reads) == 12
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "raw"])
+def test_contents_decide_in_containers_too(tmp_path, kind):
+    made = []
+    for name, shift in (("a", 0), ("b", 1), ("c", 0)):
+        folder = picture_folder(tmp_path / name, seed=shift)
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "tar":
+            with tarfile.open(path, "w") as tar:
+                tar.add(folder, ".")
+        elif kind == "parquet":
+            load_images(folder).to_parquet(path)
+        else:
+            load_images(folder).pack(path, encoding="raw")
+        made.append(load_images(path))
+    a, b, c = (images.fingerprint() for images in made)
+    assert a == c != b and made[0].fingerprint() == a
+
+
+def test_a_tar_changed_in_place_gives_no_stale_index(tmp_path):
+    path = tmp_path / "x.tar"
+
+    def write(seed):
+        with tarfile.open(path, "w") as tar:
+            tar.add(picture_folder(tmp_path / str(seed), seed), ".")
+
+    write(0)
+    old = load_images(path)
+    before = old.fingerprint()
+    write(1)
+    new = load_images(path)
+    assert new.fingerprint() != before
+    assert np.array_equal(
+        np.asarray(new[0][0]), np.asarray(open_rgb((tmp_path / "1" / "a" / "0.png").read_bytes()))
+    )
+    with pytest.raises(FinetuneError, match="changed since its images were indexed"):
+        old.fingerprint()
+
+
+def test_open_files_are_bounded(tmp_path, monkeypatch):
+    from finetune_nb.data import reading
+
+    monkeypatch.setattr(reading, "OPEN_FILES", 3)
+    paths = []
+    for i in range(12):
+        paths.append(tmp_path / f"train-{i:02d}.tar")
+        with tarfile.open(paths[-1], "w") as tar:
+            tar.add(picture_folder(tmp_path / str(i), i, 2), ".")
+    images = load_images(paths)
+    loader = images.loader(batch_size=5, size=8, workers=3, shuffle=True)
+    assert sum(len(b.rows) for b in loader) == len(images) == 48 and not loader.bad
+    assert len(images.shared["reader"].open) <= 3
+
+
+def test_too_many_open_files_is_named(tmp_path, monkeypatch):
+    images = load_images(picture_folder(tmp_path / "d"))
+
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(FinetuneError, match="ulimit"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("kind", ["pack", "raw", "parquet"])
+def test_classes_keep_their_order_and_number(tmp_path, kind):
+    """Names that sort otherwise, and one that no picture has."""
+    names = ["zero", "two", "10", "none", "9"]
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    labels = np.arange(24) % 5
+    labels[labels == 3] = 0
+    images = from_arrays(pixels, labels, names, ["train"] * 16 + ["test"] * 8)
+    if kind == "parquet":
+        path = images.to_parquet(tmp_path / "x.parquet")
+    else:
+        path = images.pack(tmp_path / "p", encoding="raw" if kind == "raw" else "jpeg")
+    again = load_images(path)
+    assert list(again.classes) == names and again.labels.tolist() == labels.tolist()
+    part = again.select(again.labels == 2)
+    assert list(load_images(part.pack(tmp_path / "q")).classes) == names
+
+
+def test_a_row_group_is_not_read_for_every_row(tmp_path, monkeypatch):
+    images = load_images("digits")
+    path = images.to_parquet(tmp_path / "x.parquet")
+    again, count = load_images(path), []
+    original = pq.ParquetFile.read_row_group
+
+    def counted(self, *a, **k):
+        count.append(a)
+        return original(self, *a, **k)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    assert sum(len(b.rows) for b in again.loader(batch_size=64, shuffle=True, size=8)) == 1797
+    assert len(count) == 2
+
+
+def test_what_is_set_aside_can_be_read_while_threads_add_to_it(tmp_path):
+    images = load_images(picture_folder(tmp_path / "d", n=30))
+    for path in (tmp_path / "d" / "b").iterdir():
+        path.write_bytes(b"broken")
+    loader = images.loader(batch_size=4, size=8, workers=3)
+    seen, held = {}, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in loader:
+            seen |= {row: reason for row, reason in loader.bad.items()}
+    finally:
+        sys.setswitchinterval(held)
+    assert len(seen) == 30
+    loader.bad.clear()
+    assert len(loader.bad) == 30  # what is handed out is a copy
+
+
+def test_interpolation_reaches_the_pixels(tmp_path):
+    images = load_images(picture_folder(tmp_path / "d"))
+    made = {
+        name: next(iter(images.loader(batch_size=4, size=8, interpolation=name))).pixels
+        for name in ("bilinear", "bicubic")
+    }
+    assert (made["bilinear"] != made["bicubic"]).any()
+    wanted = np.asarray(images[0][0].resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(made["bicubic"][0].permute(1, 2, 0).numpy(), wanted)
+    with pytest.raises(FinetuneError, match="bilinear, bicubic"):
+        images.loader(interpolation="best")
+
+
+def test_ctrl_c_leaves_no_temporary_file(tmp_path):
+    def stopped(temporary):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "f", stopped)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_say_what_they_are(tmp_path):
+    text = repr(load_images(make_photos(tmp_path / "p", 3, 8)).select([0, 1, 2]))
+    assert "3 rows" in text and "class0" in text and str(tmp_path) not in text
+    assert "in memory" in repr(load_images("digits"))

@@ -1,10 +1,16 @@
 """Figures against oracles, intervals against their promise, stored evaluations."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_photos
 from scipy.stats import binomtest, norm, ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss
 
@@ -18,8 +24,11 @@ from finetune_nb.evaluation import (
     holm,
     interval,
     mcnemar,
-    metrics,
+    compute_metrics,
     paired,
+    predict,
+    predict_logits,
+    undisturbed,
     wilson,
 )
 from finetune_nb.models import load_resnet, to_input
@@ -33,7 +42,7 @@ def sample(n=400, k=5, seed=0, skill=1.5):
 
 def test_against_scikit_learn():
     logits, labels = sample()
-    found, guess = metrics(logits, labels), logits.argmax(1)
+    found, guess = compute_metrics(logits, labels), logits.argmax(1)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert found["accuracy"] == (guess == labels).mean()
     assert math.isclose(found["balanced_accuracy"], balanced_accuracy_score(labels, guess))
@@ -50,20 +59,20 @@ def test_ece_by_the_definition():
         inside = (sure >= b / 15) & (sure < (b + 1) / 15)
         if inside.any():
             total += inside.mean() * abs(right[inside].mean() - sure[inside].mean())
-    assert math.isclose(metrics(logits, labels)["ece"], total, abs_tol=1e-12)
+    assert math.isclose(compute_metrics(logits, labels)["ece"], total, abs_tol=1e-12)
 
 
 def test_weights_are_repetitions():
     logits, labels = sample(60)
     times = np.random.default_rng(1).integers(0, 4, 60)
-    repeated = metrics(np.repeat(logits, times, 0), np.repeat(labels, times))
-    weighted = metrics(logits, labels, times[None])
+    repeated = compute_metrics(np.repeat(logits, times, 0), np.repeat(labels, times))
+    weighted = compute_metrics(logits, labels, times[None])
     assert all(math.isclose(repeated[name], weighted[name][0], abs_tol=1e-9) for name in repeated)
 
 
 def test_classes_that_are_absent_do_not_count():
     logits, labels = np.eye(4)[[0, 1, 1]] * 5.0, np.array([0, 1, 1])
-    found = metrics(logits, labels)
+    found = compute_metrics(logits, labels)
     assert found["balanced_accuracy"] == 1 and found["macro_f1"] == 1
 
 
@@ -77,7 +86,7 @@ def test_bootstrap_interval_covers():
     assert binomtest(hits, 200, 0.95).pvalue > 1e-4, hits
 
 
-TRUTH = metrics(*sample(400_000, 3, 1))["accuracy"]
+TRUTH = compute_metrics(*sample(400_000, 3, 1))["accuracy"]
 
 
 def test_bootstrap_is_reproducible_and_ordered():
@@ -180,8 +189,6 @@ def test_evaluate_is_the_plain_loop():
 
 
 def test_evaluate_counts_bad_images(tmp_path):
-    from conftest import make_photos
-
     folder = make_photos(tmp_path, classes=2, each=6)
     (folder / "class1" / "bad.png").write_bytes(b"\x89PNG broken")
     found = evaluate(load_resnet("resnet20", None, 2), load_images(folder))
@@ -357,3 +364,197 @@ def test_pairs_that_do_not_match():
         paired([1, 0], [0, 1], over="columns")
     with pytest.raises(FinetuneError, match="right of"):
         wilson(3, 2)
+
+
+def tiny(classes=10, seed=0):
+    torch.manual_seed(seed)
+    return load_resnet("resnet20", "shipped", classes)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda net, images: evaluate(net, images),
+        lambda net, images: predict(net, images),
+        lambda net, images: predict_logits(net, images, device="cpu"),
+    ],
+)
+def test_every_module_comes_back_in_its_own_mode(run):
+    net, images = tiny(), load_images("digits", limit=20)
+    net.train()
+    net.bn1.eval()
+    net.layer2[0].eval()
+    before = [module.training for module in net.modules()]
+    run(net, images)
+    assert [module.training for module in net.modules()] == before
+
+
+def test_mode_comes_back_after_an_error():
+    net = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
+    net[0].eval()
+    with pytest.raises(ZeroDivisionError), undisturbed(net, "cpu"):
+        assert not net[1].training
+        raise ZeroDivisionError
+    assert [module.training for module in net] == [False, True]
+
+
+def test_device_comes_back():
+    """A device that is not the model's own stands in for a GPU: the model returns from it."""
+
+    class Travelled(torch.nn.Linear):
+        seen = ()
+
+        def to(self, device, *rest):
+            self.seen += (str(device),)
+            return self  # what lies on the meta device could not come back
+
+    net = Travelled(2, 2)
+    with undisturbed(net, torch.device("meta")) as device:
+        assert device.type == "meta"
+    assert net.seen == ("meta", "cpu")
+
+
+def test_a_row_that_stands_twice_is_answered_twice(tmp_path):
+    folder = make_photos(tmp_path, classes=2, each=4)
+    (folder / "class0" / "bad.png").write_bytes(b"broken")
+    images = load_images(folder)
+    bad = int(np.flatnonzero(["bad" in key for key in images.column("key")])[0])
+    other = [i for i in range(len(images)) if i != bad]
+    net = tiny(2)
+    places = [other[3], bad, other[0], other[3], bad, bad, other[1], other[3]]
+    guess, sure = predict(net, images.select(places), batch_size=3)
+    alone, each = predict(net, images)
+    assert (guess == alone[places]).all() and np.allclose(sure, each[places], atol=1e-6)
+    assert (guess[[1, 4, 5]] == -1).all() and (guess[[0, 2, 3, 6, 7]] >= 0).all()
+    found = evaluate(net, images.select(places))
+    assert found.keys == [images.column("key")[i] for i in places if i != bad]
+
+
+def test_predictions_are_the_evaluation_s():
+    net, images = tiny(), load_images("digits", limit=50)
+    found, (guess, sure) = evaluate(net, images), predict(net, images, batch_size=7)
+    assert (guess == found.predictions).all()
+    assert np.allclose(sure, found.probabilities.max(1), atol=1e-5)
+
+
+def test_any_truncation_of_a_stored_evaluation_is_told(tmp_path):
+    logits, labels = sample(50)
+    path = Evaluation(logits, labels, list("abcde"), [str(i) for i in range(50)]).save(
+        tmp_path / "e.npz"
+    )
+    whole = path.read_bytes()
+    for end in [0, 1, 4, 30, *range(60, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(FinetuneError, match="e.npz"):
+            Evaluation.load(path)
+    np.savez(path, logits=logits)
+    with pytest.raises(FinetuneError, match="not a stored evaluation"):
+        Evaluation.load(path)
+    with pytest.raises(FinetuneError, match="missing.npz"):
+        Evaluation.load(tmp_path / "missing.npz")
+
+
+def test_damaged_bytes_never_pass_as_another_error(tmp_path):
+    logits, labels = sample(30)
+    path = Evaluation(logits, labels, list("abcde")).save(tmp_path / "e.npz")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        broken = bytearray(whole)
+        for at in rng.integers(0, len(whole), 4):
+            broken[at] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            Evaluation.load(path)
+        except FinetuneError:
+            pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{}]}'])
+def test_files_that_are_no_ledger(tmp_path, text):
+    (tmp_path / "l.json").write_text(text)
+    with pytest.raises(FinetuneError, match="l.json is not a ledger"):
+        Ledger.load(tmp_path / "l.json")
+
+
+def test_ledger_is_utf8_whatever_the_machine_speaks(tmp_path):
+    ledger = Ledger()
+    ledger.add("清洗 <b>", n=3, gain=paired([0.5, 0.6, 0.8], [0.4, 0.4, 0.5], over="seeds"))
+    ledger.add("one seed", gain=interval([0.5], over="seeds"), values=np.arange(3))
+    path = ledger.save(tmp_path / "l.json", data="蜂")
+    code = (
+        "import sys; from finetune_nb.evaluation import Ledger; found = Ledger.load(sys.argv[1]);"
+        "found.save(sys.argv[1]); assert found.rows[0]['stage'] == '\\u6e05\\u6d17 <b>'"
+    )
+    plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    plain["PYTHONCOERCECLOCALE"] = "0"
+    subprocess.run([sys.executable, "-c", code, str(path)], env=plain, check=True)
+    again = Ledger.load(path)
+    assert again.rows[1] == {"stage": "one seed", "gain": [0.5, None, None], "values": [0, 1, 2]}
+    assert len(again.rows[0]["gain"]) == 3 and "&lt;b&gt;" in again._repr_html_()
+    assert "清洗" in repr(again) and len(again) == 2
+
+
+def test_bootstrap_s_memory_is_bounded():
+    """Ten times the classes or the replicates take no more than the logits themselves do."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 500, 4000)
+    logits = rng.normal(size=(4000, 500)).astype(np.float32)
+    for replicates in (20, 400):
+        tracemalloc.start()
+        found = bootstrap(logits, labels, replicates=replicates)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 250e6, most
+    assert found["accuracy"][1] <= found["accuracy"][0] <= found["accuracy"][2]
+
+
+def test_right_goes_into_paired():
+    logits, labels = sample(300)
+    one = Evaluation(logits, labels, list("abcde"))
+    other = Evaluation(logits[:, ::-1], labels, list("abcde"))
+    assert one.compare(other) == paired(one.right, other.right)
+    assert one.compare(other)["verdict"] == "first better" and one.compare(other).p < 0.05
+
+
+RANKS = """
+import sys, numpy as np, torch
+torch.set_num_threads(1)
+from finetune_nb.data import load_images
+from finetune_nb.evaluation import evaluate, predict
+from finetune_nb.models import load_resnet
+torch.manual_seed(0)
+net, images = load_resnet("resnet20", None, 2), load_images(sys.argv[1])
+found = evaluate(net, images, device="cpu")
+np.savez(sys.argv[2] + sys.argv[3], logits=found.logits, guess=predict(net, images)[0])
+assert found.keys == [k for k in images.column("key") if "bad" not in k], found.keys
+assert list(found.set_aside) == ["class1/bad.png"], found.set_aside
+one = evaluate(net, images.select([0]), device="cpu")
+assert len(one) == 1 and np.allclose(one.logits[0], found.logits[0], atol=1e-5)
+"""
+
+
+def test_ranks_share_the_rows_and_return_the_whole(tmp_path):
+    folder = make_photos(tmp_path, classes=2, each=5)
+    (folder / "class1" / "bad.png").write_bytes(b"broken")
+    alone = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANKS, str(folder), str(tmp_path / "out")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = alone | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    jobs = [subprocess.Popen([*command, str(r)], env=together | {"RANK": str(r)}) for r in range(2)]
+    assert [job.wait(120) for job in jobs] == [0, 0]
+    torch.manual_seed(0)
+    net, images = load_resnet("resnet20", None, 2), load_images(folder)
+    one, guess = evaluate(net, images), predict(net, images)[0]
+    for name in "01":
+        part = np.load(tmp_path / f"out{name}.npz")
+        assert np.allclose(part["logits"], one.logits, atol=1e-5) and (part["guess"] == guess).all()
+
+
+def test_a_world_that_cannot_be_joined_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(FinetuneError, match="torchrun"):
+        evaluate(tiny(), load_images("digits", limit=20))

@@ -1,18 +1,17 @@
-"""What a lesson, the export and the site must be like."""
+"""What a lesson, its stored outputs and the export must be like."""
 
 import ast
 import configparser
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 
+import docs
 import nbformat
 import pytest
-import yaml
-from conftest import NBS, ROOT
+from conftest import ROOT
 from lessons import LESSONS, NAMES, PAGES, cells, parameters, solutions, source
 
 from test_house import MODULES, name_of
@@ -36,35 +35,20 @@ SETTINGS = config["DEFAULT"]
 HEX = re.compile(r"0x[0-9a-f]{6,}")
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The checkout as git would clone it, in a folder whose path has no leading dot."""
-    folder = tmp_path_factory.mktemp("copy") / "checkout"
-    shutil.copytree(
-        ROOT,
-        folder,
-        ignore=shutil.ignore_patterns(
-            ".venv", ".git", "runs", "_docs", "_proc", "__pycache__", "*.egg-info", "results"
-        ),
-    )
-    return folder
+EXPORT = """
+import sys
+from nbdev.doclinks import nbdev_export
+sys.argv = ["nbdev_export"]
+nbdev_export()
+"""
 
 
-def run(command, folder):
-    environment = os.environ | {"PYTHONPATH": str(folder), "MPLBACKEND": "Agg"}
-    return subprocess.run(
-        [sys.executable, "-c", command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
-def test_package_is_what_the_notebooks_say(copy):
+def test_package_is_what_the_notebooks_say(tmp_path):
     """Exported into an empty folder, so that a module whose notebook is gone is found too."""
+    copy = docs.copied(tmp_path)
     shutil.rmtree(copy / "finetune_nb")
     (copy / "finetune_nb").mkdir()
-    done = run(
-        "import sys; sys.argv = ['nbdev_export']; from nbdev.doclinks import nbdev_export; nbdev_export()",
-        copy,
-    )
+    done = docs.python(EXPORT, copy)
     assert done.returncode == 0, done.stderr
     exported, committed = (
         {str(p.relative_to(base)): p.read_text() for p in base.rglob("*.py")}
@@ -138,7 +122,7 @@ def draws(code):
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_every_figure_is_stored(path):
-    """A cell that draws shows what it drew: a backend that was switched on the way would hide it, and nothing else would tell."""
+    """A cell that draws shows what it drew: a backend switched on the way would hide it."""
     for cell in cells(path, "code"):
         code = python_of(cell)
         if draws(code):
@@ -181,74 +165,6 @@ def test_public_names_are_documented(path):
         and not ast.get_docstring(n)
     ]
     assert not missing, f"{name_of(path)}: {', '.join(missing)} lack a docstring"
-
-
-def test_readme_is_the_home_page():
-    import refresh
-
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == refresh.readme(), (
-        "README.md is not what index.ipynb gives: run make notebooks"
-    )
-
-
-def links(text):
-    text = re.sub(r"```.*?```", "", text, flags=re.S)
-    return [
-        m
-        for m in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-        if not m.startswith(("http:", "https:", "data:"))
-    ]
-
-
-def test_links_lead_somewhere():
-    for path in PAGES:
-        for link in links("\n".join(map(source, cells(path, "markdown")))):
-            assert (path.parent / link).exists(), f"{path.name} links to {link}"
-    for link in links((ROOT / "README.md").read_text(encoding="utf-8")):
-        assert (ROOT / link).exists(), f"README.md links to {link}"
-
-
-def test_site_configuration():
-    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    assert site["project"]["output-dir"] == SETTINGS["doc_path"]
-    listed = [
-        entry
-        for part in site["website"]["sidebar"]["contents"]
-        for entry in (part["contents"] if isinstance(part, dict) else [part])
-    ]
-    assert sorted(listed) == sorted(str(path.relative_to(NBS)) for path in PAGES), (
-        "the sidebar and nbs/ differ"
-    )
-    assert yaml.safe_load((NBS / "_quarto.yml").read_text()) == {
-        "metadata-files": ["../_quarto.yml", "nbdev.yml"]
-    }
-
-
-def test_notebooks_pass_through_nbdev(copy):
-    """What the site is made of: a show_doc or export cell that fails, fails here."""
-    done = run(
-        "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=0)", copy
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for path in PAGES:
-        assert (copy / "_proc" / path.relative_to(NBS)).is_file(), f"{path.name} was not processed"
-
-
-@pytest.mark.skipif(
-    shutil.which("quarto") is None,
-    reason="quarto is not on PATH; `make docs` installs it where there is a network",
-)
-def test_site_renders(copy):
-    done = subprocess.run(
-        ["nbdev_docs"],
-        cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for path in PAGES:
-        assert (copy / "_docs" / f"{re.sub(r'^[0-9]+_', '', path.stem)}.html").is_file()
 
 
 def test_ledgers_name_their_source():

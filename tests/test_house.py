@@ -31,8 +31,6 @@ DEBTS = {
     "training.loop",
     "checks",
     "data.index",
-    "data.sources",
-    "evaluation.metrics",
     "features.extraction",
     "preprocessing.auditing",
 }

@@ -13,8 +13,9 @@ SOURCES = ("digits", "glyphs", "photos", *REAL)
 
 
 def run(path, out, cell_seconds=300, **parameters):
-    """A notebook by papermill. Once in some hundred runs, with both cores busy, Jupyter loses the reply of a finished cell (seen where a widget is shown)
-    and would wait for ever: a cell that has not answered in time is reported, and the notebook is run once more from its beginning."""
+    """A notebook by papermill. Once in some hundred runs, with both cores busy, Jupyter loses the
+    reply of a finished cell (seen where a widget is shown) and would wait for ever: a cell that has
+    not answered in time is reported, and the notebook is run once more from its beginning."""
     again = dict(
         parameters=parameters,
         cwd=NBS,

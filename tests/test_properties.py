@@ -1,7 +1,9 @@
 """Properties that hold for any input, and files damaged at random."""
 
 import io
+import math
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,14 +11,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import chisquare
 
 from finetune_nb.data.batches import AUGMENTATIONS, crop_box, epoch_order
 from finetune_nb.data import load_images
-from finetune_nb.environment import FinetuneError, fingerprint, keyed_uniform, mix64, write_atomic
-from finetune_nb.evaluation import Evaluation, mcnemar, metrics, wilson
+from finetune_nb.environment import (
+    DOMAINS,
+    FinetuneError,
+    fingerprint,
+    keyed_seed,
+    keyed_uniform,
+    mix64,
+    write_atomic,
+)
+from finetune_nb.evaluation import Evaluation, compute_metrics, mcnemar, wilson
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import build, load_resnet, read_checkpoint
-from finetune_nb.data.sources import (
+from finetune_nb.data.decoding import (
     BadImage,
     _plain_jpeg,
     decode_rgb,
@@ -38,7 +49,7 @@ settings.load_profile("here")
 seeds, epochs = st.integers(0, 2**63), st.integers(0, 10_000)
 
 
-@given(st.integers(1, 3000), seeds, epochs)
+@given(st.one_of(st.integers(1, 60), st.integers(4000, 5000)), seeds, epochs)
 def test_order_is_a_permutation(n, seed, epoch):
     order = epoch_order(n, seed, epoch, np.arange(n))
     assert np.array_equal(np.sort(order), np.arange(n))
@@ -59,20 +70,72 @@ def test_order_looks_random():
     )
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_order_of_a_tiny_set_is_equally_likely(n):
+    draws = 6000
+    seen = Counter(tuple(epoch_order(n, s, 3, np.arange(n))) for s in range(draws))
+    assert len(seen) == math.factorial(n)
+    assert chisquare(list(seen.values())).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("n", [5, 12, 20, 5000])
+def test_each_sample_comes_equally_often_at_each_place(n):
+    """Single places and pairs of places, over epochs, on both sides of the largest sorted set."""
+    draws = 4000 if n < 100 else 1500
+    first = np.array([epoch_order(n, 7, e, [0, 1, n - 1]) for e in range(draws)])
+    bins = min(n, 20)
+    for column in first.T:
+        count = np.bincount(column * bins // n, minlength=bins)
+        assert chisquare(count).pvalue > 1e-4
+    pair = (first[:, 0] * bins // n) * bins + first[:, 1] * bins // n
+    count = np.bincount(pair, minlength=bins**2)
+    fits = np.ones((bins, bins)) if n > 20 else 1 - np.eye(n)
+    likely = fits.ravel() > 0
+    assert (count[~likely] == 0).all() and chisquare(count[likely]).pvalue > 1e-4
+
+
+def test_no_two_purposes_share_numbers():
+    """Each domain, also a user's own, has numbers that say nothing of those of another."""
+    DOMAINS["a test of ours"] = "nothing"
+    try:
+        u = np.stack([keyed_uniform(0, name, np.arange(3000), 1)[:, 0] for name in DOMAINS])
+    finally:
+        del DOMAINS["a test of ours"]
+    assert abs(np.corrcoef(u) - np.eye(len(u))).max() < 0.1
+    assert len({keyed_seed(0, name, step) for name in DOMAINS for step in range(50)}) == 50 * (
+        len(DOMAINS)
+    )
+    with pytest.raises(FinetuneError, match="a test of ours.*split, validation"):
+        keyed_uniform(0, "a test of ours", [0], 1)
+
+
+def test_a_selection_is_augmented_like_any_other():
+    """What chose the rows of `few`, of a part or of a split says nothing of how they are turned."""
+    images = load_images("digits")
+    train = images.three_way()[0]
+    for chosen in (train, train.few(10), images.divide(0.2)[1], images.limited(300)):
+        u = keyed_uniform(0, "augmentation", chosen.rows_at(np.arange(len(chosen))), 8)
+        spread = 4.5 * np.sqrt(1 / 12 / len(chosen))
+        assert abs(u.mean(0) - 0.5).max() < spread
+
+
 @given(seeds, epochs, st.lists(st.integers(0, 2**40), min_size=1, max_size=40), st.integers(1, 8))
 def test_keyed_uniform_is_pointwise(seed, epoch, samples, k):
-    u = keyed_uniform(seed, epoch, samples, k)
+    u = keyed_uniform(seed, "order", samples, k, epoch)
     assert u.shape == (len(samples), k) and (u >= 0).all() and (u < 1).all()
-    assert np.array_equal(keyed_uniform(seed, epoch, samples[-1:], k)[0], u[-1])
+    assert np.array_equal(keyed_uniform(seed, "order", samples[-1:], k, epoch)[0], u[-1])
 
 
 def test_keyed_uniform_is_uniform():
-    u = keyed_uniform(0, 0, np.arange(200_000), 4)
+    u = keyed_uniform(0, "split", np.arange(200_000), 4)
     counts = np.stack([np.histogram(u[:, i], 50, (0, 1))[0] for i in range(4)])
     chi = ((counts - 4000) ** 2 / 4000).sum(1)
     assert (chi < 110).all(), chi  # 49 degrees of freedom
     assert abs(np.corrcoef(u.T) - np.eye(4)).max() < 0.015
-    others = [keyed_uniform(s, e, np.arange(1000), 1)[:, 0] for s, e in ((0, 1), (1, 0), (1, 1))]
+    others = [
+        keyed_uniform(s, d, np.arange(1000), 1, e)[:, 0]
+        for s, d, e in ((0, "split", 1), (1, "split", 0), (1, "split", 1), (0, "few", 0))
+    ]
     assert all(abs(np.corrcoef(u[:1000, 0], other)[0, 1]) < 0.12 for other in others)
 
 
@@ -84,7 +147,7 @@ def test_mix_is_a_bijection(values):
 @given(st.sampled_from(sorted(AUGMENTATIONS)), st.integers(1, 6), st.integers(4, 24), seeds)
 def test_augmentation_is_pointwise(name, n, size, seed):
     pixels = np.random.default_rng(seed % 1000).integers(0, 256, (n, size, size, 3), np.uint8)
-    u = keyed_uniform(seed, 0, np.arange(n), 8)
+    u = keyed_uniform(seed, "augmentation", np.arange(n), 8)
     whole = AUGMENTATIONS[name](pixels, u)
     assert whole.shape == pixels.shape and whole.dtype == np.uint8
     alone = np.concatenate([AUGMENTATIONS[name](pixels[i : i + 1], u[i : i + 1]) for i in range(n)])
@@ -213,7 +276,7 @@ def test_intervals_and_p_values(a, b):
 def test_metrics_lie_in_range_and_do_not_depend_on_order(n, k, seed):
     rng = np.random.default_rng(seed % 2**32)
     logits, labels = rng.normal(0, 3, (n, k)), rng.integers(0, k, n)
-    found, turned = metrics(logits, labels), metrics(logits[::-1], labels[::-1])
+    found, turned = compute_metrics(logits, labels), compute_metrics(logits[::-1], labels[::-1])
     assert all(0 <= found[name] <= 1 for name in found if name != "nll") and found["nll"] >= 0
     assert all(np.isclose(found[name], turned[name]) for name in found)
     assert np.allclose(Evaluation(logits, labels, range(k)).probabilities.sum(1), 1)

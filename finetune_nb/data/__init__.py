@@ -7,6 +7,17 @@ __all__ = []
 
 # %% ../../nbs/reference/room_data.ipynb #export0da
 from .batches import AUGMENTATIONS, epoch_order, crop_box, Batch, Loader, PixelCache
+from finetune_nb.data.decoding import (
+    MAX_PIXELS,
+    INTERPOLATIONS,
+    BadImage,
+    decode_rgb,
+    open_rgb,
+    npy_bytes,
+    raw_pixels,
+    fit_square,
+    draw_pictures,
+)
 from finetune_nb.data.glyphs import (
     CLASSES,
     DEFECTS,
@@ -19,22 +30,24 @@ from finetune_nb.data.glyphs import (
 from .index import save_index, open_index, Images, from_arrays, with_splits
 from .loading import KNOWN, load_images, three_way
 from .packing import write_shards, pack, to_parquet
+from .photos import PHOTO_SIDE, PHOTO_QUALITY, PHOTO_CLASSES, cut_photos
+from finetune_nb.data.reading import (
+    OPEN_FILES,
+    GROUP_BYTES,
+    whole_table,
+    ByteReader,
+    file_stamp,
+    content_hashes,
+)
 from finetune_nb.data.sources import (
     IMAGE_SUFFIXES,
     SPLIT_NAMES,
-    MAX_PIXELS,
-    BadImage,
     make_table,
     rows_from_paths,
     scan_folder,
     scan_tars,
+    class_names,
     scan_parquet,
-    ByteReader,
-    decode_rgb,
-    open_rgb,
-    npy_bytes,
-    raw_pixels,
-    fit_square,
 )
 
 __all__ = [
@@ -44,16 +57,27 @@ __all__ = [
     "ByteReader",
     "CLASSES",
     "DEFECTS",
+    "GROUP_BYTES",
     "IMAGE_SUFFIXES",
+    "INTERPOLATIONS",
     "Images",
     "KNOWN",
     "Loader",
     "MAX_PIXELS",
+    "OPEN_FILES",
+    "PHOTO_CLASSES",
+    "PHOTO_QUALITY",
+    "PHOTO_SIDE",
     "PixelCache",
     "SPLIT_NAMES",
+    "class_names",
+    "content_hashes",
     "crop_box",
+    "cut_photos",
     "decode_rgb",
+    "draw_pictures",
     "epoch_order",
+    "file_stamp",
     "fit_square",
     "fonts_for",
     "from_arrays",
@@ -75,6 +99,7 @@ __all__ = [
     "scan_tars",
     "three_way",
     "to_parquet",
+    "whole_table",
     "with_splits",
     "write_shards",
 ]

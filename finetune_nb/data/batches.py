@@ -7,7 +7,9 @@ __all__ = ['AUGMENTATIONS', 'epoch_order', 'crop_box', 'Batch', 'Loader', 'Pixel
 
 # %% ../../nbs/reference/batches.ipynb #00fdc77c
 import concurrent.futures
+import functools
 import math
+import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -15,24 +17,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..environment import FinetuneError, keyed_uniform, mix64, pick_device
-from .sources import BadImage, decode_rgb, fit_square
+from ..environment import FinetuneError, keyed_seed, keyed_uniform, mix64, pick_device
+from .decoding import INTERPOLATIONS, BadImage, decode_rgb, fit_square
 
 # %% ../../nbs/reference/batches.ipynb #f044f776
+_SORTED = 4096  # up to so many samples the order is sorted out; above, it is computed position by position
+
+
+@functools.lru_cache(maxsize=4)
+def _sorted_order(n, seed, epoch):
+    "The order of a small set, int64 [n]: sorted by one random number a sample, so without any skew."
+    draw = keyed_uniform(seed, "order", np.arange(n), 1, step=epoch)[:, 0]
+    order = np.argsort(draw, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
 def epoch_order(
     n: int,  # samples in the data set
     seed: int,  # of the run
     epoch: int,  # counted from 0
     positions,  # int [P] in 0 … n−1
 ) -> np.ndarray:  # int64 [P], the samples at these positions
-    "The sample at each position of an epoch: a pseudo-random permutation computed where it is asked for."
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    """The sample at each position of an epoch: a permutation drawn by (seed, epoch), computed where it
+    is asked for, in memory that does not grow with n."""
+    positions = np.asarray(positions)
+    if n <= _SORTED:
+        return _sorted_order(n, int(seed), int(epoch))[positions]
+    half = math.ceil(math.log2(n) / 2)
     mask = np.uint64((1 << half) - 1)
-    keys = mix64(
-        mix64(np.uint64(seed % 2**64))
-        ^ (np.uint64(epoch) * np.uint64(8) + np.arange(4, dtype=np.uint64))
-    )
-    value = np.asarray(positions).astype(np.uint64)
+    keys = mix64(np.uint64(keyed_seed(seed, "order", epoch)) ^ mix64(np.arange(6, dtype=np.uint64)))
+    value = positions.astype(np.uint64)
     outside = np.ones(value.shape, bool)
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & mask
@@ -116,8 +131,11 @@ class Batch:
 
 
 class Loader:
-    """Batches of an `Images`; `len()` is the number of batches that are left from `start`, `bad` maps rows set aside to
-    the reason."""
+    """Batches of an `Images`; `len()` is the number of batches that are left from `start`.
+
+    A batch holds the images of its positions that can be decoded, so it may be smaller than `batch_size`
+    and even empty; whoever needs two or more (BatchNorm in training) skips or joins what is smaller.
+    A shuffled epoch never *begins* with a last batch of one: that sample joins the batch before."""
 
     def __init__(
         self,
@@ -133,10 +151,16 @@ class Loader:
         workers: int = 2,  # threads that decode ahead; 0 decodes in place
         rank: int = 0,
         world: int = 1,  # this process's slice of each global batch
+        interpolation: str = "bilinear",  # one of `decoding.INTERPOLATIONS`
     ):
         if augment not in AUGMENTATIONS:
             raise FinetuneError(
                 f"augment={augment!r} does not exist: choose from {', '.join(AUGMENTATIONS)}"
+            )
+        if interpolation not in INTERPOLATIONS:
+            raise FinetuneError(
+                f"interpolation={interpolation!r} does not exist: "
+                f"choose from {', '.join(INTERPOLATIONS)}"
             )
         if batch_size < 1 or batch_size % world:
             raise FinetuneError(
@@ -158,9 +182,12 @@ class Loader:
             start,
             workers,
         )
-        self.rank, self.world, self.bad = rank, world, {}
+        self.rank, self.world, self.interpolation = rank, world, interpolation
+        self._bad, self._lock = {}, threading.Lock()
         self.decode_crop = augment == "resized-crop-flip"
-        self.cache = None if self.decode_crop else images.pixel_cache(size, crop_ratio)
+        self.cache = None
+        if not self.decode_crop:
+            self.cache = images.pixel_cache(size, crop_ratio, interpolation=interpolation)
         n, edges = len(images), list(range(0, len(images), batch_size)) + [len(images)]
         # A last batch of one sample would leave BatchNorm nothing to normalise with: it joins the batch before.
         if n > 1 and n - edges[-2] == 1 and len(edges) > 2 and shuffle:
@@ -171,6 +198,19 @@ class Loader:
 
     def __len__(self):
         return len(self.edges) - 1
+
+    def __repr__(self):
+        return (
+            f"Loader: {len(self)} batches of {self.batch_size}, {self.size} px, {self.augment}, "
+            f"epoch {self.epoch}, from position {self.start}; {len(self.bad)} images set aside"
+        )
+
+    @property
+    def bad(
+        self,
+    ):  # → dict, row → reason, of what was set aside so far; a copy, since threads add to it
+        with self._lock:
+            return dict(self._bad)
 
     def __iter__(self):
         spans, threads = zip(self.edges[:-1], self.edges[1:]), self._threads()
@@ -207,7 +247,7 @@ class Loader:
             epoch_order(len(self.images), self.seed, self.epoch, mine) if self.shuffle else mine
         )
         rows = self.images.rows_at(places)
-        u = keyed_uniform(self.seed, self.epoch, rows, 8)
+        u = keyed_uniform(self.seed, "augmentation", rows, 8, step=self.epoch)
         pixels, good = self._pixels(rows, u)
         if not good.all():
             pixels, rows, places, u = pixels[good], rows[good], places[good], u[good]
@@ -222,25 +262,28 @@ class Loader:
         if self.cache is not None and self.cache.filled[rows].all():
             return self.cache.pixels[rows], good
         out = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        for i, row in enumerate(rows):
+        for i in np.argsort(rows, kind="stable"):  # as they lie: a row group is read once a batch
+            row = rows[i]
             if self.cache is not None and self.cache.filled[row]:
                 out[i] = self.cache.pixels[row]
                 continue
             try:
-                image = decode_rgb(
-                    self.images.read(row),
-                    0
-                    if self.size <= 64
-                    else round(self.size / self.crop_ratio) * (2 if self.decode_crop else 1),
-                )
-                box = crop_box(u[i], image.shape[1] / image.shape[0]) if self.decode_crop else None
-                out[i] = fit_square(image, self.size, self.crop_ratio, box)
+                out[i] = self._decoded(row, u[i])
             except BadImage as error:
-                good[i], self.bad[int(row)] = False, str(error)
+                good[i] = False
+                with self._lock:
+                    self._bad[int(row)] = str(error)
                 continue
             if self.cache is not None:
                 self.cache.put(row, out[i])
         return out, good
+
+    def _decoded(self, row, u):
+        "One image as a square uint8 [S, S, 3]."
+        least = round(self.size / self.crop_ratio) * (2 if self.decode_crop else 1)
+        image = decode_rgb(self.images.read(row), 0 if self.size <= 64 else least)
+        box = crop_box(u, image.shape[1] / image.shape[0]) if self.decode_crop else None
+        return fit_square(image, self.size, self.crop_ratio, box, self.interpolation)
 
 
 class PixelCache:

@@ -9,6 +9,8 @@ __all__ = ['save_index', 'open_index', 'Images', 'from_arrays', 'with_splits']
 import functools
 import hashlib
 import json
+import operator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,8 @@ import pyarrow as pa
 from .batches import Loader, PixelCache
 from ..environment import FinetuneError, keyed_uniform, write_atomic
 from .packing import pack, to_parquet
-from .sources import BadImage, ByteReader, npy_bytes, open_rgb
+from .decoding import BadImage, draw_pictures, npy_bytes, open_rgb
+from .reading import ByteReader, content_hashes, whole_table
 
 # %% ../../nbs/reference/image_index.ipynb #db925570
 def save_index(
@@ -24,11 +27,11 @@ def save_index(
     path,  # the .arrow file
 ) -> pa.Table:  # memory-mapped
     "Write an index table as an Arrow file and open it memory-mapped."
-    table = table.combine_chunks()
+    table = whole_table(table)
 
     def write(temporary):
         with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+            writer.write_table(table, max_chunksize=max(1, len(table)))
 
     write_atomic(path, write)
     return open_index(path)
@@ -45,22 +48,44 @@ def open_index(path) -> pa.Table:
 
 # %% ../../nbs/reference/image_index.ipynb #42eab4fd
 class Images:
-    """An index of images and a selection of its rows. The bytes stay where they lie; `images[i]` reads one as (PIL
-    image, label)."""
+    """An index of images and a selection of its rows. The bytes stay where they lie; `images[i]` reads one
+    as (PIL image, label). Can be pickled and copied: a copy opens its files anew."""
 
     def __init__(self, table, rows=None, memory=None, shared=None):
-        self.table, self.memory = table, memory
+        self.table, self.memory = whole_table(table), memory
         self.rows = range(len(table)) if rows is None else rows
         self.classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
-        self.shared = shared if shared is not None else {"reader": ByteReader(), "caches": {}}
+        fresh = {"reader": ByteReader(), "caches": {}, "stamps": {}}
+        self.shared = fresh if shared is None else shared
 
     def __len__(self):
         return len(self.rows)
 
+    def __reduce__(self):
+        return type(self), (self.table, self.rows, self.memory)
+
     def __repr__(self):
-        return f"Images: {len(self):,} rows, {len(self.classes)} classes, splits {self.counts('split')}"
+        splits = ", ".join(
+            f"{name or 'no split'} {n:,}" for name, n in self.counts("split").items()
+        )
+        count = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
+        named = [f"{name} {n:,}" for name, n in zip(self.classes, count)]
+        more = f", … {len(named) - 6} more" if len(named) > 6 else ""
+        return (
+            f"Images: {len(self):,} rows ({splits}) {self._origin()}, "
+            f"{len(self.classes)} classes ({', '.join(named[:6])}{more})"
+        )
+
+    def _origin(self):
+        "Where the images lie, without the machine's folders."
+        if self.memory is not None:
+            return "in memory"
+        names = self._places[0]
+        file = Path(names[0].as_py()).name if len(names) else "no file"
+        return f"from {file}" if len(names) == 1 else f"from {len(names):,} files such as {file}"
 
     def __getitem__(self, i):
+        i = operator.index(i)
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         row = self.rows[i]
@@ -71,12 +96,30 @@ class Images:
             f"<tr><td>{name}</td><td>{count:,}</td></tr>"
             for name, count in self.counts("split").items()
         )
-        return f"<table><tr><th>split</th><th>images</th></tr>{rows}</table><p>{len(self.classes)} classes: {', '.join(self.classes[:12])}{' …' if len(self.classes) > 12 else ''}</p>"
+        named = ", ".join(self.classes[:12]) + (" …" if len(self.classes) > 12 else "")
+        return (
+            f"<table><tr><th>split</th><th>images</th></tr>{rows}</table>"
+            f"<p>{len(self.classes)} classes: {named}; {self._origin()}</p>"
+        )
 
     # Rows: numbers in the table. Places: numbers in the selection.
-    def rows_at(self, places):
-        places = np.asarray(places, np.int64)
-        places = np.where(places < 0, places + len(self.rows), places)
+    def rows_at(
+        self, places
+    ):  # → int64, the rows of the table at these places; negative ones count back
+        places = np.asarray(places)
+        if places.size == 0:
+            places = places.astype(np.int64)
+        if places.dtype.kind not in "iu":
+            raise FinetuneError(f"places must be whole numbers, not {places.dtype}")
+        n = len(self.rows)
+        outside = (places < -n) | (places >= n)
+        if outside.any():
+            raise FinetuneError(
+                f"place {places[outside].flat[0]} lies outside the selection of {n} rows: "
+                f"places go from 0 to {n - 1}"
+            )
+        places = places.astype(np.int64)
+        places = np.where(places < 0, places + n, places)
         return places + self.rows.start if isinstance(self.rows, range) else self.rows[places]
 
     def labels_at(self, places):
@@ -142,9 +185,9 @@ class Images:
         )
 
     def pixel_cache(
-        self, size, crop_ratio, budget=2**30
+        self, size, crop_ratio, budget=2**30, interpolation="bilinear"
     ):  # → PixelCache, or None where it would not fit the budget in bytes
-        n, key = len(self.table), (size, crop_ratio)
+        n, key = len(self.table), (size, crop_ratio, interpolation)
         if n * size * size * 3 > budget:
             return None
         if key not in self.shared["caches"]:
@@ -155,8 +198,10 @@ class Images:
     def with_table(self, table):
         return Images(table, self.rows, self.memory, self.shared)
 
-    def select(self, which):  # → Images: by boolean mask [N] or by places
+    def select(self, which):  # → Images: by boolean mask [N] or by places, which may repeat
         which = np.asarray(which)
+        if which.ndim != 1:
+            raise FinetuneError(f"select takes a mask or a list of places, not shape {which.shape}")
         if which.dtype == bool:
             if len(which) != len(self):
                 raise FinetuneError(
@@ -182,15 +227,15 @@ class Images:
         return self.select(mask)
 
     def few(self, k, seed=0):  # → Images: k rows of each class, or all where a class has fewer
-        order, rank, _ = self._ranked(seed, 0)
+        order, rank, _ = self._ranked(seed, "few")
         return self.select(np.sort(order[rank < k]))
 
     def divide(
-        self, share, seed=0
-    ):  # → (the rest, a stratified part), a pure function of (seed, row)
+        self, share, seed=0, domain="part", step=0
+    ):  # → (the rest, a stratified part), a pure function of (seed, domain, step, row)
         if not 0 < share < 1:
             raise FinetuneError(f"share={share} must lie between 0 and 1")
-        order, rank, size = self._ranked(seed, 1)
+        order, rank, size = self._ranked(seed, domain, step=step)
         part = np.zeros(len(self), bool)
         part[order] = rank < np.where(size > 1, np.maximum(1, np.round(size * share)), 0)
         return self.select(~part), self.select(part)
@@ -201,18 +246,18 @@ class Images:
         if limit < 1:
             raise FinetuneError(f"limit={limit} must be 1 or more")
         splits = np.unique(self.column("split").astype(str), return_inverse=True)[1]
-        order, rank, size = self._ranked(seed, 2, splits)
+        order, rank, size = self._ranked(seed, "limit", splits)
         # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same share of each group.
         places = order[
-            np.argsort((rank + keyed_uniform(seed, 3, order, 1)[:, 0]) / size, kind="stable")[
-                :limit
-            ]
+            np.argsort(
+                (rank + keyed_uniform(seed, "limit", order, 1, step=1)[:, 0]) / size, kind="stable"
+            )[:limit]
         ]
         return self.select(np.sort(places))
 
-    def _ranked(self, seed, purpose, splits=0):
+    def _ranked(self, seed, domain, splits=0, step=0):
         "Places in random order within each class (and split), the rank of each there, and how many there are."
-        draw = keyed_uniform(seed, purpose, self.rows_at(np.arange(len(self))), 1)[:, 0]
+        draw = keyed_uniform(seed, domain, self.rows_at(np.arange(len(self))), 1, step)[:, 0]
         group = self.labels.astype(np.int64) + 1 + splits * (len(self.classes) + 2)
         order = np.lexsort((draw, group))
         _, first, count = np.unique(group[order], return_index=True, return_counts=True)
@@ -220,26 +265,22 @@ class Images:
 
     def fingerprint(
         self,
-    ):  # → str: keys, labels, lengths and classes, and the pixels where they lie in memory
+    ):  # → str: classes, labels and contents of the selected rows, in their order
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for first in range(0, len(self), 65536):
-            part = pa.table(
-                {
-                    name: self._taken(name).slice(first, 65536).combine_chunks()
-                    for name in ("key", "label", "length")
-                }
-            )
-            digest.update(
-                "\0".join(part["key"].to_pylist()).encode()
-                + part["label"].to_numpy().tobytes()
-                + part["length"].to_numpy().tobytes()
-            )
-            if self.memory is not None:
-                digest.update(
-                    np.ascontiguousarray(
-                        self.memory[self.rows_at(np.arange(first, min(first + 65536, len(self))))]
-                    )
-                )
+        rows = self.rows_at(np.arange(len(self)))
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        if self.memory is None:
+            names, file, offset, length = self._places
+            places = names.to_pylist(), file[rows], offset[rows], length[rows]
+            shared = self.shared
+            hashes, fresh = content_hashes(*places, shared["reader"], shared["stamps"])
+            if fresh:  # what was decoded before may be of other bytes
+                shared["caches"].clear()
+            digest.update(hashes.tobytes())
+            return digest.hexdigest()[:16]
+        digest.update(f"{self.memory.dtype}{self.memory.shape[1:]}".encode())
+        for first in range(0, len(rows), 65536):
+            digest.update(np.ascontiguousarray(self.memory[rows[first : first + 65536]]))
         return digest.hexdigest()[:16]
 
     def loader(self, **options):
@@ -263,32 +304,23 @@ class Images:
         if len(held) == 2:
             return self.split("train"), self.split("valid"), self.split("test")
         whole = self.split("train")
-        train, valid = whole.divide(min(1 / 6, 2000 / len(whole)), seed)
+        train, valid = whole.divide(min(1 / 6, 2000 / len(whole)), seed, "validation")
         return train, valid, self.split(held[0])
 
     def show(
         self, n=24, columns=8, seed=0
     ):  # → matplotlib figure: a grid of images, drawn with the seed, with their class names
-        import matplotlib.pyplot as plt
-
-        n = min(n, len(self))
-        places = np.sort(np.argsort(keyed_uniform(seed, 4, np.arange(len(self)), 1)[:, 0])[:n])
-        rows = -(-n // columns)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(columns * 0.87, rows * 1.08), squeeze=False
-        )
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, place in zip(axes.flat, places):
-            label = int(self.labels_at([place])[0])
+        draw = keyed_uniform(seed, "show", np.arange(len(self)), 1)[:, 0]
+        places = np.sort(np.argsort(draw)[:n])
+        pictures = []
+        for place in places:
             try:
-                image = self[int(place)][0]
+                pictures.append(self[int(place)][0])
             except BadImage:
-                image = np.full((8, 8, 3), 230, np.uint8)
-            axis.imshow(image)
-            axis.set_title(self.classes[label][:13] if label >= 0 else "?", fontsize=8)
-        figure.tight_layout(pad=0.3)
-        return figure
+                pictures.append(np.full((8, 8, 3), 230, np.uint8))
+        labels = self.labels_at(places)
+        titles = [self.classes[label] if label >= 0 else "?" for label in labels]
+        return draw_pictures(pictures, titles, columns)
 
 # %% ../../nbs/reference/image_index.ipynb #6eb18dc7
 def from_arrays(
@@ -347,8 +379,8 @@ def with_splits(
 ) -> Images:  # its column `split` filled
     """Name a stratified split for images that came without one: valid and test by share, train the rest. Stored in the
     index."""
-    rest, held = images.divide(test, seed)
-    train, selecting = rest.divide(valid / (1 - test), seed + 1)
+    rest, held = images.divide(test, seed, "split")
+    train, selecting = rest.divide(valid / (1 - test), seed, "split", step=1)
     names = np.full(len(images.table), "train", dtype="<U5")
     names[np.asarray(selecting.rows)], names[np.asarray(held.rows)] = "valid", "test"
     place = images.table.column_names.index("split")

@@ -8,7 +8,6 @@ __all__ = ['KNOWN', 'load_images', 'three_way']
 # %% ../../nbs/04_data.ipynb #293ec170
 import glob
 import io
-import json
 import os
 import re
 from pathlib import Path
@@ -16,10 +15,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..environment import FinetuneError, cache_folder, fingerprint, write_atomic
+from finetune_nb.environment import (
+    FinetuneError,
+    cache_folder,
+    fingerprint,
+    shipped_file,
+    write_atomic,
+)
 from .glyphs import CLASSES, plant_defects, render_many, render_range
 from .index import Images, from_arrays, open_index, save_index, with_splits
 from .packing import write_shards
+from .reading import file_stamp
 from .sources import scan_folder, scan_parquet, scan_tars
 
 # %% ../../nbs/04_data.ipynb #24aa76ef
@@ -61,6 +67,7 @@ def _glyphs(limit, seed, defects):
 # %% ../../nbs/04_data.ipynb #6713dd53
 KNOWN = {  # name → places below the root where it may lie already, and torchvision's class
     "digits": ((), None),
+    "photos": ((), None),
     "glyphs": ((), None),
     "cifar10": (("cifar10-t*.tar",), "CIFAR10"),
     "hymenoptera": (("hymenoptera_data",), None),
@@ -122,6 +129,8 @@ def _find(source, root):
     "The paths behind a source: a list of tars, of Parquet files, or one folder."
     if isinstance(source, (list, tuple)):
         return [path for one in source for path in _find(one, root)]
+    if source == "photos":
+        return [shipped_file("photos.tar")]
     if source in KNOWN:
         for pattern in KNOWN[source][0]:
             found = sorted(root.glob(pattern))
@@ -164,37 +173,52 @@ def _find(source, root):
     return [path]
 
 # %% ../../nbs/04_data.ipynb #195093d3
-def _from_files(source, root, seed):
-    paths = _find(source, root)
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    index = cache_folder() / "index" / f"{fingerprint('v1', stats, seed)}.arrow"
+def _kept_index(paths, seed):
+    "(where the index of these files is kept, whether it still holds)."
+    stamps = [(str(path), *file_stamp(path)) for path in paths]
+    index = cache_folder() / "index" / f"{fingerprint('v2', stamps, seed)}.arrow"
+    # A folder is always walked anew: its own time does not tell of changes deeper down. A file that
+    # changed within two seconds before it was indexed may have changed once more without a trace.
+    latest = max(max(stamp[2:4]) for stamp in stamps)
+    holds = index.is_file() and index.stat().st_mtime_ns > latest + 2 * 10**9
+    return index, holds and not any(path.is_dir() for path in paths)
+
+
+def _scanned(source, paths, seed):
+    "The index table of these files, with splits, after a look at its classes."
     if paths[0].is_dir():
-        table = scan_folder(
-            paths[0]
-        )  # always scanned anew: a folder's own time does not tell of changes deeper down
-    elif index.is_file():
-        return Images(open_index(index))
+        table = scan_folder(paths[0])
     elif paths[0].suffix == ".tar":
         table = scan_tars(paths)
     else:
         table = scan_parquet(paths)
-    classes = json.loads(table.schema.metadata[b"classes"])
-    if len(classes) == 1:
+    images = Images(table)
+    if len(images.classes) == 1:
         raise FinetuneError(
-            f"{source} has one class only ({classes[0]}): a classifier needs two or more folders of classes, [split/]class/name.jpg"
+            f"{source} has one class only ({images.classes[0]}): a classifier needs two or more "
+            "folders of classes, [split/]class/name.jpg"
         )
-    splits = set(table["split"].chunk(0).dictionary.to_pylist())
-    if classes and splits <= {"", "train"}:
-        table = with_splits(Images(table.combine_chunks()), seed).table
-    images = Images(save_index(table, index))
-    if (
-        "train" in splits and paths[0].name != "index.parquet"
-    ):  # a packed part need not hold every class
-        absent = set(range(len(classes))) - set(images.split("train").labels.tolist())
+    splits = set(images.counts("split"))
+    if images.classes and splits <= {"", "train"}:
+        images = with_splits(images, seed)
+    if "train" in splits and paths[0].name != "index.parquet":  # a packed part may lack classes
+        seen = set(images.split("train").labels.tolist())
+        absent = sorted(set(images.labels.tolist()) - seen - {-1})
         if absent:
             raise FinetuneError(
-                f"{source}: the class {classes[min(absent)]} has no training image: add some, or remove its folders"
+                f"{source}: the class {images.classes[absent[0]]} has no training image: "
+                "add some, or remove its folders"
             )
+    return images.table
+
+
+def _from_files(source, root, seed):
+    paths = _find(source, root)
+    index, holds = _kept_index(paths, seed)
+    table = open_index(index) if holds else save_index(_scanned(source, paths, seed), index)
+    images = Images(table)
+    if not paths[0].is_dir():
+        images.shared["stamps"].update({str(path): file_stamp(path) for path in paths})
     return images
 
 # %% ../../nbs/04_data.ipynb #d0664ca2

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..environment import FinetuneError, fingerprint, write_atomic
-from .sources import BadImage, npy_bytes, open_rgb
+from .decoding import BadImage, npy_bytes, open_rgb
+from .sources import class_names
 
 # %% ../../nbs/reference/packing.ipynb #7d2f3043
 def _suffix(data):
@@ -35,6 +36,7 @@ def write_shards(
     folder,  # gets shard-000000.tar … and index.parquet
     samples,  # an iterable of (key, encoded bytes, class name, split)
     shard_bytes: int = 256_000_000,  # a shard is closed when it is larger
+    classes=None,  # all class names in their order, also of classes without samples; default: as found
 ) -> Path:  # the folder
     "Write samples as WebDataset tars with a Parquet index."
     folder, rows, shard, samples = Path(folder), [], 0, iter(samples)
@@ -72,10 +74,8 @@ def write_shards(
         rows, shard = rows + part, shard + 1
     if not rows:
         raise FinetuneError(f"nothing was packed into {folder}: no image could be decoded")
-    classes = sorted(
-        {row[4] for row in rows if row[4]},
-        key=lambda c: (0, int(c), "") if c.isdigit() else (1, 0, c),
-    )
+    if classes is None:
+        classes = class_names(row[4] or None for row in rows)
     code = {c: i for i, c in enumerate(classes)} | {"": -1}
     columns = list(zip(*rows))
     table = pa.table(
@@ -89,7 +89,9 @@ def write_shards(
             "hash": columns[6],
         }
     )
-    table = table.replace_schema_metadata({"classes": json.dumps(classes, ensure_ascii=False)})
+    table = table.replace_schema_metadata(
+        {"classes": json.dumps(list(classes), ensure_ascii=False)}
+    )
     write_atomic(folder / "index.parquet", lambda temporary: pq.write_table(table, temporary))
     return folder
 
@@ -130,7 +132,7 @@ def pack(
                 splits[i],
             )
 
-    write_shards(folder, samples(), shard_bytes)
+    write_shards(folder, samples(), shard_bytes, images.classes)
     if bad:
         write_atomic(
             Path(folder) / "set_aside.csv",

@@ -6,7 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_evaluation.ipynb #export0ev
-from .metrics import metrics, bootstrap, Evaluation, evaluate, Ledger
+from .ledger import Ledger
+from .metrics import compute_metrics, bootstrap
+from .prediction import undisturbed, predict_logits, softmax, predict
+from .scoring import Scores, Evaluation, evaluate
 from finetune_nb.evaluation.statistics import (
     wilson,
     mcnemar,
@@ -22,12 +25,17 @@ __all__ = [
     "Evaluation",
     "Interval",
     "Ledger",
+    "Scores",
     "bootstrap",
+    "compute_metrics",
     "evaluate",
     "holm",
     "interval",
     "mcnemar",
-    "metrics",
     "paired",
+    "predict",
+    "predict_logits",
+    "softmax",
+    "undisturbed",
     "wilson",
 ]

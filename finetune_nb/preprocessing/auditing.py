@@ -92,7 +92,7 @@ def fold_of(
     labels = np.asarray(labels)
     head = np.arange(len(labels)) if groups is None else np.asarray(groups)
     first = np.flatnonzero(head == np.arange(len(labels)))
-    order = first[np.lexsort((keyed_uniform(seed, 11, first, 1)[:, 0], labels[first]))]
+    order = first[np.lexsort((keyed_uniform(seed, "folds", first, 1)[:, 0], labels[first]))]
     fold = np.zeros(len(labels), int)
     fold[order] = np.arange(len(order)) % folds
     return fold[head]

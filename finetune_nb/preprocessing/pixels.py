@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..environment import FinetuneError
 from ..data.index import Images
 from ..resumable import Parts
-from ..data.sources import BadImage, decode_rgb
+from ..data.decoding import BadImage, decode_rgb
 
 # %% ../../nbs/reference/pixels.ipynb #b9df1b04
 MEASURES = ("dark", "bright", "contrast", "entropy", "sharpness", "noise", "colour")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..environment import FinetuneError, write_atomic
-from ..data.sources import BadImage
+from ..data.decoding import BadImage
 
 # %% ../../nbs/reference/reviewing.ipynb #545d3ca9
 def append_line(path, row: dict):

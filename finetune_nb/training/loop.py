@@ -15,15 +15,14 @@ import time
 from dataclasses import dataclass
 from typing import Callable
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from ..models.edits import Activation
-from ..environment import FinetuneError, mix64, pick_device, write_atomic
-from ..evaluation.metrics import evaluate
+from ..environment import FinetuneError, keyed_seed, pick_device, write_atomic
+from ..evaluation.scoring import evaluate
 from ..models.loading import layer_names, load_model, save_model, to_input, train_mode
 from .optimizers import ScheduleFree
 
@@ -323,7 +322,7 @@ class Loop:
             if recipe.optimizer == "sgd":
                 group["momentum"] = momentum
         # Dropout and the like draw from a generator set by the step: there is no generator state to lose.
-        torch.manual_seed(int(mix64(np.uint64(recipe.seed) ^ mix64(np.uint64(step)))) >> 1)
+        torch.manual_seed(keyed_seed(recipe.seed, "dropout", step))
         if recipe.ramp:
             self._ramp(step)
         x = to_input(batch.pixels, model, self.device)
