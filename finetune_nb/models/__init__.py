@@ -49,7 +49,7 @@ from finetune_nb.models.families import (
     told_by_timm,
     is_called,
 )
-from .lite0 import SOURCE_FILE, SOURCE_SHA256, lite0_source, convert_lite0
+from .lite0 import KEPT, SOURCE_FILE, SOURCE_SHA256, lite0_source, convert_lite0
 from finetune_nb.models.loading import (
     BATCHNORM_POLICIES,
     load_backbone,
@@ -87,6 +87,7 @@ __all__ = [
     "Family",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "KEPT",
     "LAYOUTS",
     "NORMS",
     "POOLS",
