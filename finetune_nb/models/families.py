@@ -123,6 +123,8 @@ def family_of(model):
     "The row of the net's class, or of one that it is derived from; None where there is none."
     for kind in type(model).__mro__:
         module = kind.__module__
+        if module == "__main__":  # the page on which the project's own nets are written
+            module = "finetune_nb.models.networks"
         if module.startswith(("torchvision.models.", "finetune_nb.models.")):
             found = FAMILIES.get(f"{module.split('.')[-1]}.{kind.__name__}")
             if found is not None:
