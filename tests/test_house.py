@@ -31,7 +31,6 @@ DEBTS = {
     "training.loop",
     "data.index",
     "features.extraction",
-    "models.loading",
     "preprocessing.auditing",
 }
 

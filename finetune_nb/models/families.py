@@ -22,8 +22,6 @@ class Family:
     groups: tuple  # rows (pattern at the start of a parameter's name, name of the group)
     blocks: str  # pattern for "full name:Class"
     halves: str = ""  # a Sequential in which a group begins wherever the picture gets smaller
-    channels_last: bool = False
-    prefix: int = 0
 
 
 _FOUR = (
@@ -38,7 +36,9 @@ _DENSE = ((r"classifier\.1", "classifier.1"), (r"classifier\.4", "classifier.4")
 _POOLS = r"features\.\d+:MaxPool2d|"
 FAMILIES = {
     "networks.CifarResNet": Family("fc", _RESNET, r".*:_Block"),
-    "loading.CifarResNet": Family("fc", _RESNET, r".*:_Block"),
+    "networks.EfficientNetLite0": Family(
+        "classifier", (("stem", "stem"), (r"(stage\d|top)", r"\1")), r".*:_LiteBlock|top:.*"
+    ),
     "edits.SelectedNet": Family("fc", _RESNET, r".*:(_Block|BasicBlock|Bottleneck)"),
     "resnet.ResNet": Family("fc", _RESNET, r".*:(BasicBlock|Bottleneck)"),
     "convnext.ConvNeXt": Family("classifier.2", _FOUR, r".*:CNBlock"),
@@ -102,9 +102,7 @@ FAMILIES = {
         ((r"Conv2d\w+", "stem"), (r"(Mixed_\d)\w", r"\1"), (r"AuxLogits", "Mixed_6")),
         r".*:Inception[A-E]",
     ),
-    "swin_transformer.SwinTransformer": Family(
-        "head", _FOUR, r".*:SwinTransformerBlock(V2)?", channels_last=True
-    ),
+    "swin_transformer.SwinTransformer": Family("head", _FOUR, r".*:SwinTransformerBlock(V2)?"),
     "vision_transformer.VisionTransformer": Family(
         "heads.head",
         (
@@ -112,7 +110,6 @@ FAMILIES = {
             (r"encoder\.layers\.(encoder_layer_\d+)", r"\1"),
         ),
         r".*:EncoderBlock",
-        prefix=1,
     ),
     "maxvit.MaxVit": Family(
         "classifier.5",
@@ -126,6 +123,8 @@ def family_of(model):
     "The row of the net's class, or of one that it is derived from; None where there is none."
     for kind in type(model).__mro__:
         module = kind.__module__
+        if module == "__main__":  # the page on which the project's own nets are written
+            module = "finetune_nb.models.networks"
         if module.startswith(("torchvision.models.", "finetune_nb.models.")):
             found = FAMILIES.get(f"{module.split('.')[-1]}.{kind.__name__}")
             if found is not None:
@@ -172,7 +171,7 @@ def _sorted_by(rows, names, head):
 
 
 def told_by_family(model, family, head=None):
-    "Head, groups, blocks and layout of a net in the table."
+    "Head, groups and blocks of a net in the table."
     head = head or family.head
     names = [name for name, _ in model.named_parameters()]
     rows = family.groups
@@ -185,7 +184,7 @@ def told_by_family(model, family, head=None):
         if pattern.fullmatch(f"{name}:{type(module).__name__}")
     ]
     groups = _sorted_by(rows, names, head)
-    return head, groups, blocks, family.channels_last, family.prefix
+    return head, groups, blocks
 
 # %% ../../nbs/reference/families.ipynb #633e1b5b
 def _matched(matcher, name):
@@ -201,7 +200,7 @@ def _matched(matcher, name):
 
 
 def told_by_timm(model, head=None):
-    "Head, groups, blocks and layout of a timm net, from its metadata."
+    "Head, groups and blocks of a timm net, from its metadata."
     config = getattr(model, "pretrained_cfg", None) or model.default_cfg
     head = head or config.get("classifier") or ""
     if not isinstance(head, str):
@@ -231,8 +230,7 @@ def told_by_timm(model, head=None):
     blocks = [text for text in texts if text in modules and is_called(modules[text])]
     if not blocks:
         blocks = [row["module"] for row in getattr(model, "feature_info", []) or []]
-    last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    return head, groups, blocks, last, getattr(model, "num_prefix_tokens", 0)
+    return head, groups, blocks
 
 
 def is_called(module):
