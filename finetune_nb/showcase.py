@@ -65,7 +65,7 @@ SIDE = 112  # pixels: 160 would take twice as long
 # What `demo` runs: name, labels a class, epochs, batch size.
 PLAN = (("5 labels a class", 5, 12, 25), ("all labels", 10_000, 5, 32))
 WAYS = ("from scratch", "head", "everything")
-_RATES = {"from scratch": (0.05, 1.0), "head": (0.1, 1.0), "everything": (0.02, 1.0)}
+_RATES = {"from scratch": (0.05, 1.0), "head": (0.02, 1.0), "everything": (0.02, 1.0)}
 
 
 def plan_recipe(way, epochs, batch_size, seed) -> Recipe:
@@ -120,7 +120,7 @@ def fit_head(
             schedule.step()
     return model
 
-# %% ../nbs/reference/showcase.ipynb #4122f450
+# %% ../nbs/reference/showcase.ipynb #913b4f23
 def _one_way(way, part, recipe, folder, classes, progress):
     "One way of using the net on some pictures → (the net, its run or None)."
     torch.manual_seed(recipe.seed)
