@@ -29,7 +29,6 @@ DEBTS = {  # lessons that are still too long; none is added
     "08_feature_selection",
     "09_training",
     "10_weight_tuning",
-    "13_evaluation",
     "14_application",
 }
 SETTINGS = config["DEFAULT"]
