@@ -20,7 +20,7 @@ from conftest import make_photos, needs_real_data
 from PIL import Image
 
 from finetune_nb.data import SOURCES, load_images, source
-from finetune_nb.data.augmentation import AUGMENTATIONS, augmentation
+from finetune_nb.data.augmenting import AUGMENTATIONS, augmentation
 from finetune_nb.environment import FinetuneError, write_atomic
 from finetune_nb.data.glyphs import CLASSES, DEFECTS, fonts_for, render_glyph
 from finetune_nb.data.index import Images, from_arrays

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_data.ipynb #export0da
-from .augmentation import AUGMENTATIONS, augmentation, crop_box
+from .augmenting import AUGMENTATIONS, augmentation, crop_box
 from .batches import epoch_order, Batch, Loader, PixelCache
 from finetune_nb.data.decoding import (
     MAX_PIXELS,

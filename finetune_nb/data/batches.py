@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .augmentation import AUGMENTATIONS, crop_box
+from .augmenting import AUGMENTATIONS, crop_box
 from ..environment import FinetuneError, keyed_seed, keyed_uniform, mix64, pick_device
 from .decoding import INTERPOLATIONS, BadImage, decode_rgb, fit_square
 
@@ -82,7 +82,7 @@ class Loader:
         batch_size: int = 64,  # of the global batch, over all ranks
         size: int = 32,  # side of the squares in pixels
         crop_ratio: float = 1.0,  # see `sources.fit_square`
-        augment: str = "none",  # one of `augmentation.AUGMENTATIONS`
+        augment: str = "none",  # one of `augmenting.AUGMENTATIONS`
         shuffle: bool = False,  # in the order of `epoch_order`, else as the rows lie
         seed: int = 0,
         epoch: int = 0,  # of order and augmentation
