@@ -85,7 +85,7 @@ def _kept_index(paths, seed):
     holds = index.is_file() and index.stat().st_mtime_ns > latest + 2 * 10**9
     return index, holds and not any(path.is_dir() for path in paths)
 
-
+# %% ../../nbs/04_data.ipynb #bc529382
 def _scanned(source, paths, seed):
     "The index table of these files, with splits, after a look at its classes."
     if paths[0].is_dir():
