@@ -22,7 +22,6 @@ from finetune_nb.environment import notebook_hash  # noqa: E402
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 DEBTS = {  # lessons that are still too long; none is added
-    "04_data",
     "05_preprocessing",
     "06_transfer_learning",
     "07_features",
