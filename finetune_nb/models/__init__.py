@@ -38,6 +38,7 @@ from finetune_nb.models.edits import (
     select_columns,
     Activation,
     activations,
+    called_as_functions,
     replace_activation,
     apply_edit,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "asked_by",
     "backbone",
     "build",
+    "called_as_functions",
     "convert_lite0",
     "count_cost",
     "eval_mode",

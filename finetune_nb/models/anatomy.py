@@ -15,7 +15,6 @@ from torch import nn
 
 from ..environment import FinetuneError
 from .families import family_of, is_called, told_by_family, told_by_timm
-from .pooling import output_of
 
 # %% ../../nbs/reference/anatomy.ipynb #d4374578
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,13 +38,16 @@ class Anatomy:
     norms: full names of the modules that normalise.
     preprocessing: size (pixels), crop_ratio, mean, std, interpolation.
 
-    How a block's output lies (maps, tokens, channels last) is measured by `layouts`."""
+    channels_last: feature maps are [B, H, W, C] (Swin) and not [B, C, H, W].
+    prefix: how many tokens stand before the patches of a [B, N, C] output (class tokens)."""
 
     head: str
     groups: dict
     blocks: tuple
     norms: tuple
     preprocessing: dict
+    channels_last: bool = False
+    prefix: int = 0
 
     def __repr__(self):
         groups = ", ".join(f"{name} ({len(names)})" for name, names in self.groups.items())
@@ -60,6 +62,19 @@ class Anatomy:
             if parameter in names:
                 return group
         raise FinetuneError(f"the net has no parameter {parameter!r}: see model.named_parameters()")
+
+    def as_map(self, output) -> torch.Tensor:
+        """A block's output as [B, C, H, W], whatever its layout is: feature maps, tokens without
+        the class token (a square where they make one, else one row), or one vector an image."""
+        output = logits_of(output)
+        if output.ndim == 4:
+            return output.permute(0, 3, 1, 2) if self.channels_last else output
+        if output.ndim == 2:
+            return output[:, :, None, None]
+        tokens = output[:, self.prefix :].transpose(1, 2)
+        side = round(tokens.shape[2] ** 0.5)
+        shape = (side, side) if side * side == tokens.shape[2] else (1, tokens.shape[2])
+        return tokens.unflatten(2, shape)
 
 
 def logits_of(output) -> torch.Tensor:  # [B, classes]
@@ -106,7 +121,7 @@ def _of_names(model, head, groups, blocks):
     if blocks is None:
         named = [x for g in groups.values() for x in ([g] if isinstance(g, str) else g)]
         blocks = [n for n in named if n in modules and n != head and is_called(modules[n])]
-    return head, found, list(blocks)
+    return head, found, list(blocks), False, 0
 
 
 def _parts(model):
@@ -154,14 +169,14 @@ def anatomy(
 
 
 def parts_of(model: nn.Module, head=None, groups=None, blocks=None) -> tuple:
-    "Head, groups and blocks as they are told, not yet compared with the net: see `anatomy`."
+    "Head, groups, blocks and layout as they are told, not yet compared with the net."
+    if hasattr(model, "parts"):  # a net of this package that knows itself, such as SelectedNet
+        return model.parts()
     told = (getattr(model, "info", None) or {}).get("anatomy") or {}
     head, groups = head or told.get("head"), groups or told.get("groups")
     blocks = blocks or told.get("blocks")
     family = family_of(model)
-    if hasattr(model, "parts"):  # a net of this package that knows itself, such as SelectedNet
-        found = model.parts()
-    elif head and (groups or not (family or hasattr(model, "group_matcher"))):
+    if head and (groups or not (family or hasattr(model, "group_matcher"))):
         found = _of_names(model, head, groups, blocks)
     elif family is not None:
         found = told_by_family(model, family, head)
@@ -169,10 +184,10 @@ def parts_of(model: nn.Module, head=None, groups=None, blocks=None) -> tuple:
         found = told_by_timm(model, head)
     else:
         raise _unknown(model)
-    return (*found[:2], list(blocks)) if blocks else found
+    return (*found[:2], list(blocks), *found[3:]) if blocks else found
 
 
-def _checked(model, head, groups, blocks):
+def _checked(model, head, groups, blocks, channels_last, prefix):
     "The answer, if every name in it is in the net and every parameter in exactly one group."
     modules = dict(model.named_modules())
     wrong = next((name for name in [head, *blocks] if name not in modules or not name), None)
@@ -191,7 +206,7 @@ def _checked(model, head, groups, blocks):
     norms = tuple(name for name, module in modules.items() if _is_norm(module))
     info = getattr(model, "info", None) or {}
     asked = _asked_by(model) | {key: info[key] for key in DEFAULTS if key in info}
-    return Anatomy(head, groups, tuple(blocks), norms, asked)
+    return Anatomy(head, groups, tuple(blocks), norms, asked, channels_last, prefix)
 
 
 def _asked_by(model):
@@ -261,16 +276,16 @@ def eval_mode(model: nn.Module):
 def tapped(
     model: nn.Module,
     names,  # of blocks; the head's own name gives what the head is fed with
-    see,  # called as see(name, output) during each forward
+    see,  # called as see(name, map) during each forward; map: float [B, C, H, W]
 ):
     "Read the outputs of blocks while a net runs; outside of the `with` nothing is left on the net."
     parts, handles = anatomy(model), []
 
     def hook(name):
-        return lambda module, inputs, output: see(name, output_of(output))
+        return lambda module, inputs, output: see(name, parts.as_map(output))
 
     def before(name):
-        return lambda module, inputs: see(name, output_of(inputs))
+        return lambda module, inputs: see(name, parts.as_map(inputs[0]))
 
     try:
         for name in names:

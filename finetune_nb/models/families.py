@@ -22,6 +22,8 @@ class Family:
     groups: tuple  # rows (pattern at the start of a parameter's name, name of the group)
     blocks: str  # pattern for "full name:Class"
     halves: str = ""  # a Sequential in which a group begins wherever the picture gets smaller
+    channels_last: bool = False  # feature maps are [B, H, W, C]
+    prefix: int = 0  # tokens before the patches, such as a class token
 
 
 _FOUR = (
@@ -102,7 +104,9 @@ FAMILIES = {
         ((r"Conv2d\w+", "stem"), (r"(Mixed_\d)\w", r"\1"), (r"AuxLogits", "Mixed_6")),
         r".*:Inception[A-E]",
     ),
-    "swin_transformer.SwinTransformer": Family("head", _FOUR, r".*:SwinTransformerBlock(V2)?"),
+    "swin_transformer.SwinTransformer": Family(
+        "head", _FOUR, r".*:SwinTransformerBlock(V2)?", channels_last=True
+    ),
     "vision_transformer.VisionTransformer": Family(
         "heads.head",
         (
@@ -110,6 +114,7 @@ FAMILIES = {
             (r"encoder\.layers\.(encoder_layer_\d+)", r"\1"),
         ),
         r".*:EncoderBlock",
+        prefix=1,
     ),
     "maxvit.MaxVit": Family(
         "classifier.5",
@@ -184,7 +189,7 @@ def told_by_family(model, family, head=None):
         if pattern.fullmatch(f"{name}:{type(module).__name__}")
     ]
     groups = _sorted_by(rows, names, head)
-    return head, groups, blocks
+    return head, groups, blocks, family.channels_last, family.prefix
 
 # %% ../../nbs/reference/families.ipynb #633e1b5b
 def _matched(matcher, name):
@@ -230,7 +235,8 @@ def told_by_timm(model, head=None):
     blocks = [text for text in texts if text in modules and is_called(modules[text])]
     if not blocks:
         blocks = [row["module"] for row in getattr(model, "feature_info", []) or []]
-    return head, groups, blocks
+    last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return head, groups, blocks, last, getattr(model, "num_prefix_tokens", 0)
 
 
 def is_called(module):
