@@ -6,7 +6,6 @@
 __all__ = ['ResNet微调模型', 'as_images', 'ResNet', 'FineTuneResNet', 'FineTuner', 'default_recipe', 'fine_tune']
 
 # %% ../nbs/14_application.ipynb #c72ca9f1
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,9 @@ from .evaluation.ledger import Ledger
 from .evaluation.prediction import predict
 from .evaluation.scoring import evaluate
 from .data.index import Images, from_arrays
-from .models.loading import SMALL, count_cost, load_resnet, to_input
+from .models.anatomy import anatomy, head_of, set_head
+from .models.cost import count_cost
+from .models.loading import load_backbone, load_resnet, to_input
 from .report import write_card, write_report
 from .training.run import Recipe, fit
 
@@ -36,19 +37,21 @@ def as_images(
     if pixels.dtype.kind == "f":
         if pixels.size and (not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1):
             raise FinetuneError(
-                f"float images must lie in 0…1, these run from {np.nanmin(pixels):.3g} to {np.nanmax(pixels):.3g}: divide by the largest possible value, 255 for 8 bits"
+                f"float images must lie in 0…1, these run from {np.nanmin(pixels):.3g} to "
+                f"{np.nanmax(pixels):.3g}: divide by the largest possible value, 255 for 8 bits"
             )
         pixels = (pixels * 255).round().astype(np.uint8)
     return from_arrays(pixels, np.zeros(len(pixels), int) if labels is None else labels)
 
 
 class ResNet(nn.Module):
-    """The article's class, working: a pretrained ResNet with `fit` and `predict` for arrays or `Images`. Input float
-    [B, 3, H, W], output logits."""
+    """The article's class, working: a pretrained network with `fit` and `predict` for arrays or
+    `Images`. Input float [B, 3, H, W], output logits [B, classes]. `fc` is its last layer, whatever
+    the network calls it."""
 
     def __init__(self, pretrained=None, arch="resnet20", num_classes=None):
         super().__init__()
-        self.net = load_resnet(arch, pretrained, num_classes)
+        self.net = load_backbone(arch, pretrained, num_classes)
 
     @property
     def info(self):
@@ -56,16 +59,15 @@ class ResNet(nn.Module):
 
     @property
     def fc(self):
-        return self.net.fc
+        return head_of(self.net)
 
     def __setattr__(self, name, value):
         if name != "fc":
             return super().__setattr__(name, value)
-        if not isinstance(value, nn.Linear) or value.in_features != self.net.fc.in_features:
-            raise FinetuneError(
-                f"fc must be an nn.Linear with {self.net.fc.in_features} inputs, not {value}"
-            )
-        self.net.fc, self.net.info["num_classes"] = value, value.out_features
+        wanted = getattr(self.fc, "in_features", None)
+        if not isinstance(value, nn.Linear) or value.in_features != wanted:
+            raise FinetuneError(f"fc must be an nn.Linear with {wanted} inputs, not {value}")
+        set_head(self.net, value)
 
     def forward(self, x):
         return self.net(x)
@@ -114,52 +116,69 @@ ResNet微调模型 = FineTuneResNet
 
 # %% ../nbs/14_application.ipynb #c2c26217
 class FineTuner(ClassifierMixin, BaseEstimator):
-    """A scikit-learn estimator: `FineTuner(arch, strategy).fit(train).predict(images)`; X may be `Images` or an array
-    of pixels with y."""
+    """A scikit-learn estimator: `FineTuner(arch, strategy).fit(train).predict(images)`.
+
+    X is `Images`, or pixels uint8 or float 0…1 [N, S, S] or [N, S, S, 3] with y [N], labels of any
+    kind. After `fit`: `classes_` [classes], `model_` (the net), `run_` (its history).
+    `predict` gives class numbers [N] for `Images` (−1 where one cannot be decoded), and labels as
+    they were in y for pixels. Raises `FinetuneError` for input that does not fit."""
 
     def __init__(
         self,
-        arch="resnet20",
-        strategy="full",
-        weights="shipped",
+        arch="efficientnet_lite0",  # any backbone that `load_backbone` knows
+        strategy="full",  # what moves: "full", "head", "lora" … (lesson 10)
+        weights="default",  # the start: "default", "shipped", "imagenet", None or a file
         epochs=10,
         batch_size=32,
-        lr=0.02,
+        lr=0.02,  # the highest rate
+        body_lr=1.0,  # the rate below the head, as a multiple of lr
         augment="none",
-        size=0,
+        size=0,  # side in pixels, for training and prediction; 0 takes the network's own
         batchnorm="frozen-with-layer",
         seed=0,
-        folder=None,
+        folder=None,  # where the run is kept; None keeps nothing
         progress=False,
     ):
-        own = {
-            name: value
-            for name, value in locals().items()
-            if name in inspect.signature(type(self).__init__).parameters and name != "self"
-        }
-        for name, value in own.items():
-            setattr(self, name, value)
+        self.arch = arch
+        self.strategy = strategy
+        self.weights = weights
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.body_lr = body_lr
+        self.augment = augment
+        self.size = size
+        self.batchnorm = batchnorm
+        self.seed = seed
+        self.folder = folder
+        self.progress = progress
 
-    def fit(self, X, y=None):
-        found = (
-            (np.array(X.classes), None)
-            if isinstance(X, Images)
-            else np.unique(y, return_inverse=True)
-        )
-        self.classes_, codes = found
-        images = as_images(X, codes)
-        torch.manual_seed(self.seed)
-        self.model_ = load_resnet(self.arch, self.weights, len(self.classes_), self.batchnorm)
-        recipe = Recipe(
-            self.strategy,
-            self.epochs,
-            self.batch_size,
+    def recipe(self) -> Recipe:
+        "The recipe that `fit` follows."
+        return Recipe(
+            strategy=self.strategy,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
             lr=self.lr,
+            body_lr=self.body_lr,
             augment=self.augment,
             size=self.size,
             seed=self.seed,
         )
-        self.run_ = fit(self.model_, images, None, recipe, self.folder, progress=self.progress)
+
+    def fit(self, X, y=None):
+        if isinstance(X, Images):
+            self.classes_, codes = np.array(X.classes), None
+        else:
+            self.classes_, codes = np.unique(y, return_inverse=True)
+        images = as_images(X, codes)
+        torch.manual_seed(self.seed)
+        self.model_ = load_backbone(self.arch, self.weights, len(self.classes_), self.batchnorm)
+        if self.size:
+            self.model_.info["size"] = self.size
+        self.run_ = fit(
+            self.model_, images, None, self.recipe(), self.folder, progress=self.progress
+        )
         return self
 
     def predict(self, X):
@@ -173,41 +192,77 @@ class FineTuner(ClassifierMixin, BaseEstimator):
 
 # %% ../nbs/14_application.ipynb #8974bd24
 def default_recipe(
-    arch: str,  # 32-pixel nets are trained harder than ImageNet's
+    model,  # a net: the size of the pictures that it was made for decides
     n: int,  # training images
     characters: bool = False,  # digits and glyphs must not be mirrored
 ) -> Recipe:
-    "A recipe that works without tuning; the lesson on weight tuning says why each choice."
-    small = arch in SMALL
-    batch = 128 if n >= 20_000 else 64 if n >= 2_000 else 32
-    # A few epochs over many images do not learn them by heart: there the crop costs more than it gives.
-    augment = (
-        "affine"
-        if characters
-        else "resized-crop-flip"
-        if not small
-        else "flip"
-        if n >= 20_000
-        else "crop-flip"
-    )
-    if small:
+    """A recipe that works without tuning; the lesson on weight tuning says why each choice.
+    Nets of small pictures (32 pixels) are trained harder than those of ImageNet's size."""
+    many = n >= 20_000
+    if anatomy(model).preprocessing["size"] > 64:
         return Recipe(
-            epochs=3 if n >= 20_000 else 15,
-            batch_size=batch,
-            lr=0.05 * batch / 128,
-            augment=augment,
+            epochs=8,
+            batch_size=32,
+            lr=0.02,
+            body_lr=0.1,
+            augment="affine" if characters else "resized-crop-flip",
+            weight_decay=1e-4,
         )
-    return Recipe(epochs=8, batch_size=32, lr=0.02, body_lr=0.1, augment=augment, weight_decay=1e-4)
+    batch = 128 if many else 64 if n >= 2_000 else 32
+    # A few epochs over many images do not learn them by heart: a crop would cost more than it gives.
+    augment = "affine" if characters else "flip" if many else "crop-flip"
+    return Recipe(
+        epochs=3 if many else 15, batch_size=batch, lr=0.05 * batch / 128, augment=augment
+    )
 
 # %% ../nbs/14_application.ipynb #3ee3e1ff
+def _name(data):
+    "A source in a word: its own name, or the last part of its path."
+    return Path(str(data)).name
+
+
+def _write_split(folder, parts):
+    "Which picture was in which part, as split.csv."
+    rows = (f'"{key}",{name}\n' for name, part in parts.items() for key in part.column("key"))
+    write_atomic(folder / "split.csv", "key,split\n" + "".join(rows))
+
+
+def _write_ledger(folder, data, images, run, before, evaluation):
+    "One row for the net as it came, where its classes fit, and one for the net as it is handed over."
+    recipe, ledger = run.recipe, Ledger()
+    if before is not None:
+        ledger.add("as it comes", before, seed=recipe.seed)
+    ledger.add(
+        f"{recipe.strategy} {recipe.epochs} epochs",
+        evaluation,
+        seed=recipe.seed,
+        recipe=recipe.as_dict(),
+        recipe_hash=recipe.hash,
+        data=images.fingerprint(),
+        seconds=sum(row["seconds"] for row in run.history),
+        **count_cost(run.model),
+    )
+    ledger.save(folder / "ledger.json", data=_name(data), device=str(run.meta["device"]))
+    return ledger
+
+
+def _ledger_table(ledger):
+    "The ledger as a table of the report."
+    shown = []
+    for row in ledger.rows:
+        value, low, high = row["accuracy"]
+        shown.append((row["stage"], f"{value:.4f}", f"[{low:.4f}, {high:.4f}]", row["n"]))
+    return "Ledger", ("stage", "accuracy", "95% interval", "n"), shown
+
+# %% ../nbs/14_application.ipynb #50fab653
 def fine_tune(
     data,  # anything that `load_images` takes
     folder,  # gets the run, the evaluation, the ledger, report.html and card.md
-    arch: str = "resnet20",
-    weights="shipped",
+    arch: str = "efficientnet_lite0",  # any backbone that `load_backbone` knows
+    weights="default",  # the start: "default", "shipped", "imagenet", None or a file
     recipe=None,  # a Recipe; None or a dict: `default_recipe` with these fields changed
-    root=None,
-    limit: int = None,
+    root=None,  # where named sets lie
+    limit: int = None,  # at most so many images in all
     seed: int = 0,
     batchnorm: str = "frozen-with-layer",
     resume: bool = True,
@@ -215,82 +270,29 @@ def fine_tune(
     workers: int = 2,
     progress: bool = True,
 ) -> dict:  # {"run", "evaluation", "before", "ledger", "report"}
-    "The whole road for one data set: index, split, load, train, evaluate, report."
+    """The whole road for one data set: index, split, load, train, evaluate, report.
+    `recipe["size"]` is the side of the pictures in pixels, for training and evaluation alike."""
     folder = Path(folder)
     images = load_images(data, root=root, limit=limit, seed=seed)
     train, valid, test = images.three_way(seed)
     torch.manual_seed(seed)
-    model = load_resnet(arch, weights, len(images.classes), batchnorm)
+    model = load_backbone(arch, weights, len(images.classes), batchnorm)
     if not isinstance(recipe, Recipe):
-        recipe = default_recipe(arch, len(train), data in ("digits", "glyphs")).replace(
-            seed=seed, **(recipe or {})
-        )
+        base = default_recipe(model, len(train), data in ("digits", "glyphs"))
+        recipe = base.replace(**{"seed": seed, **(recipe or {})})
     if recipe.size:
         model.info["size"] = recipe.size
+    how = {"device": device, "workers": workers}
     fits = weights is not None and all(row[3] != "new head" for row in model.loading)
-    before = evaluate(model, test, device=device, workers=workers) if fits else None
-    run = fit(
-        model,
-        train,
-        valid,
-        recipe,
-        folder,
-        resume,
-        device=device,
-        workers=workers,
-        progress=progress,
-    )
-    evaluation = evaluate(model, test, device=device, workers=workers)
+    before = evaluate(model, test, **how) if fits else None
+    run = fit(model, train, valid, recipe, folder, resume, progress=progress, **how)
+    evaluation = evaluate(model, test, **how)
     evaluation.save(folder / "evaluation.npz")
-    parts = (("train", train), ("valid", valid), ("test", test))
-    rows = (f'"{key}",{name}\n' for name, part in parts for key in part.column("key"))
-    write_atomic(folder / "split.csv", "key,split\n" + "".join(rows))
-    ledger = Ledger()
-    if before is not None:
-        ledger.add("as it comes", before, seed=seed)
-    ledger.add(
-        f"{recipe.strategy} {recipe.epochs} epochs",
-        evaluation,
-        seed=seed,
-        recipe=recipe.as_dict(),
-        recipe_hash=recipe.hash,
-        data=images.fingerprint(),
-        seconds=sum(row["seconds"] for row in run.history),
-        **count_cost(model),
-    )
-    ledger.save(
-        folder / "ledger.json",
-        data=str(data) if data in ("digits", "glyphs") else Path(str(data)).name,
-        device=str(run.meta["device"]),
-    )
-    title = f"{arch} on {Path(str(data)).name}"
-    table = [
-        (
-            "Ledger",
-            ("stage", "accuracy", "95% interval", "n"),
-            [
-                (
-                    r["stage"],
-                    f"{r['accuracy'][0]:.4f}",
-                    f"[{r['accuracy'][1]:.4f}, {r['accuracy'][2]:.4f}]",
-                    r["n"],
-                )
-                for r in ledger.rows
-            ],
-        )
-    ]
-    write_card(
-        folder / "card.md",
-        folder / "model.safetensors",
-        run,
-        evaluation,
-        f"{Path(str(data)).name}, {len(train):,} training images",
-    )
+    _write_split(folder, {"train": train, "valid": valid, "test": test})
+    ledger = _write_ledger(folder, data, images, run, before, evaluation)
+    words = f"{_name(data)}, {len(train):,} training images"
+    write_card(folder / "card.md", folder / "model.safetensors", run, evaluation, words)
+    title, table = f"{arch} on {_name(data)}", [_ledger_table(ledger)]
     report = write_report(folder / "report.html", title, run, evaluation, test, train, table)
-    return {
-        "run": run,
-        "evaluation": evaluation,
-        "before": before,
-        "ledger": ledger,
-        "report": report,
-    }
+    found = {"run": run, "evaluation": evaluation, "before": before}
+    return found | {"ledger": ledger, "report": report}

@@ -20,7 +20,7 @@ from .training.run import Run
 
 # %% ../nbs/reference/report.ipynb #175e6044
 def figure_html(figure, alt: str) -> str:
-    "A matplotlib figure as an <img> with its picture inside, and closed."
+    "A matplotlib figure as an `img` element with its picture inside, and closed."
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()

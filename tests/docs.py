@@ -109,13 +109,21 @@ def every_name(text, here, known):
     return re.sub(r"(?<!\[)`([^`\n]+)`(?!\])", linked, text)
 
 
+LABEL = re.compile(r"""(xlabel|ylabel|title)\s*[=(]\s*f?["']([^"'{}]{3,80})["']""")
+
+
 def said(cell, following):
-    "What stands in for a missing alt text: the last line printed, or what follows."
-    printed = "".join("".join(o.get("text", "")) for o in cell["outputs"]).strip()
+    "What stands in for a missing alt text: the words on the axes, and what is said of the figure."
+    words = {kind: label.strip() for kind, label in LABEL.findall("".join(cell["source"]))}
+    parts = [words["title"]] if "title" in words else []
+    if {"xlabel", "ylabel"} <= set(words):
+        parts.append(f"{words['ylabel']} (upwards) against {words['xlabel']} (to the right)")
     prose = next((c for c in following if c["cell_type"] == "markdown"), None)
-    text = printed.splitlines()[-1] if printed else "".join(prose["source"]) if prose else ""
-    text = re.sub(r"[#*`>\[\]\"\\]|\]\([^)]*\)", "", text).strip()
-    return re.split(r"(?<=[.!?])\s", text.replace("\n", " "))[0][:250] or "A figure"
+    lines = "".join(prose["source"]).splitlines() if prose else []
+    parts.append(" ".join(line for line in lines if line.strip() and line[0] not in "#|>`<"))
+    text = re.sub(r"\]\([^)]*\)|[*`\[\]\"\\]", "", ". ".join(filter(None, parts)))
+    sentences = re.split(r"(?<=[.!?:])\s+", text.strip())
+    return " ".join(sentences[:3])[:300].strip() or "A figure that the code above draws."
 
 
 def as_table(html):
@@ -151,6 +159,7 @@ def finish_cell(cell, following, here, known):
             data["text/markdown"] = f"```{{=html}}\n{html}\n```".splitlines(keepends=True)
         elif "text/markdown" in data:
             text = local_links("".join(data["text/markdown"]), here, known)
+            text = every_name(text, here, known) if here.stem == "names" else text
             text = re.sub(r"^def ([A-Z])", r"class \1", text, flags=re.M)
             data["text/markdown"] = text.splitlines(keepends=True)
 
@@ -174,23 +183,30 @@ def finish(pages, checkout):
 
 
 def download(here):
-    "A way to the notebook of a page, as markup: Quarto would turn a link into one to the page."
+    "A place for the way to the notebook: Quarto would turn a link into one to the page."
     up = "../" * (len(here.parts) - 1)
-    link = f'<a href="{up}notebooks/{here.as_posix()}" download>Download this notebook</a>'
-    text = f'```{{=html}}\n<p class="download">{link}</p>\n```'
+    place = f'<p class="download" data-notebook="{up}notebooks/{here.as_posix()}"></p>'
+    text = f"```{{=html}}\n{place}\n```"
     return {"cell_type": "markdown", "id": "download", "metadata": {}, "source": text}
 
 
+PLACE = re.compile(r'<p class="download" data-notebook="([^"]+)">\s*</p>')
+LINK = r'<p class="download"><a href="\1" download>Download this notebook</a></p>'
+
+
 def render(pages):
-    "Quarto's part; the folder of the site."
+    "Quarto's part, and the notebooks to be downloaded; the folder of the site."
     done = subprocess.run(["quarto", "render", "--no-cache"], cwd=pages)
     if done.returncode:
         raise RuntimeError(f"quarto ended with status {done.returncode}; its words stand above")
-    site = pages / "_docs"
-    for path in notebooks_of(pages.parent / "nbs"):
-        target = site / "notebooks" / path.relative_to(pages.parent / "nbs")
+    site, notebooks = pages / "_docs", pages.parent / "nbs"
+    for path in notebooks_of(notebooks):
+        target = site / "notebooks" / path.relative_to(notebooks)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(PLACE.sub(LINK, text), encoding="utf-8")
     return site
 
 

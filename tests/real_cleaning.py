@@ -1,6 +1,8 @@
-"""What lesson 5 reports on real people's labels: real_cleaning.py published | labels | leaks | finetuned | training | hymenoptera.
+"""What lesson 5 reports on real people's labels: real_cleaning.py published | labels | leaks |
+finetuned | training | hymenoptera.
 
-Reads FINETUNE_NB_DATA, writes ledgers to data/results/05_preprocessing/. Where cleanlab is installed its figures stand beside ours.
+Reads FINETUNE_NB_DATA, writes ledgers to data/results/05_preprocessing/. Where cleanlab is
+installed its figures stand beside ours.
 """
 
 import csv
@@ -11,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import NBS, ROOT
-from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import cache_folder, notebook_hash
-from finetune_nb.evaluation import Ledger, evaluate
+from finetune_nb.evaluation import Ledger, evaluate, paired
 from finetune_nb.features import extract_features, linear_probe
 from finetune_nb.models import load_resnet
 from finetune_nb.preprocessing import (
@@ -44,7 +45,8 @@ def say(stage, text, **figures):
 
 
 def cleanlab_scores(p, y, wrong):
-    """cleanlab's own score and filters on the same probabilities, or None where it is not installed."""
+    """cleanlab's own score and filters on the same probabilities, or None where it is not
+    installed."""
     try:
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
@@ -89,7 +91,8 @@ def judged(stage, p, y, truth, compare=False):
     theirs = cleanlab_scores(p, y, wrong) if compare else None
     if theirs:
         text = (
-            f"{'  cleanlab on the same probabilities':44} largest difference of a score {max(theirs[0].values()):.0e}; F1 "
+            f"{'  cleanlab on the same probabilities':44} largest difference of a score "
+            f"{max(theirs[0].values()):.0e}; F1 "
             + ", ".join(f"{name} {a:.3f} (ours {b:.3f})" for name, (a, b) in theirs[1].items())
         )
         say(stage + ", cleanlab", text, score_difference=theirs[0], f1=theirs[1])
@@ -220,19 +223,26 @@ def leaks(size=64, near=5):
                 [similarity[i][0] for i, j in judged_near if j in place_of[i]],
             )
         )
-        text = f"{name:14} of {len(judged_near)} judged near-duplicates the nearest training image is the judged one for {first:.1%}, one of the {near} nearest for {among:.1%}"
+        text = (
+            f"{name:14} of {len(judged_near)} judged near-duplicates the nearest training image "
+            f"is the judged one for {first:.1%}, one of the {near} nearest for {among:.1%}"
+        )
         looked = {}
         for goal in (0.5, 0.9, 0.95):
             needed = int(np.ceil(goal * len(judged_near)))
             if needed <= len(found):
                 looked[str(goal)] = int((order >= found[needed - 1]).sum())
-                text += f"; {goal:.0%} of all within the {looked[str(goal)]} most similar test images, {looked[str(goal)] / needed:.1f} to look at for each"
+                text += (
+                    f"; {goal:.0%} of all within the {looked[str(goal)]} most similar test "
+                    f"images, {looked[str(goal)] / needed:.1f} to look at for each"
+                )
         say(name, text, n=len(judged_near), nearest=first, among=among, looked=looked)
     return {"data": "cifar10 duplicates", "size": size, "fingerprint": both.fingerprint()}
 
 
 def nearest_in_train(x, splits, k):
-    """For each test row its k most similar training rows, by cosine of standardised columns: {place: similarities}, {place: places}."""
+    """For each test row its k most similar training rows, by cosine of standardised columns:
+    {place: similarities}, {place: places}."""
     x = torch.nn.functional.normalize(torch.from_numpy((x - x.mean(0)) / (x.std(0) + 1e-6)), dim=1)
     test, train = (torch.from_numpy(np.flatnonzero(splits == name)) for name in ("test", "train"))
     top = [(x[part] @ x[train].T).topk(k, 1) for part in test.split(1000)]
@@ -271,7 +281,8 @@ def probabilities(model, images):
 
 
 def finetuned(n=5000, folds=3):
-    """Out-of-fold probabilities of fine-tuned nets, beside the probe on the same images, their mean, and the same nets in-sample."""
+    """Out-of-fold probabilities of fine-tuned nets, beside the probe on the same images, their
+    mean, and the same nets in-sample."""
     images = load_images("cifar10", "train", limit=n)
     human = human_labels(images)
     features = extract_features(
@@ -328,24 +339,20 @@ def training(n=5000, seeds=3):
                     np.resize(np.random.default_rng(seed).permutation(np.flatnonzero(keep)), n),
                     RECIPE.replace(seed=seed),
                 )
-                result.setdefault(arm, []).append(evaluate(model, test, size=RECIPE.size).accuracy)
-                print(column, seed, arm, result[arm][-1], flush=True)
+                result.setdefault(arm, []).append(evaluate(model, test, size=RECIPE.size).right)
+                print(column, seed, arm, result[arm][-1].mean(), flush=True)
+        raw = np.stack(result["raw"])
         for arm in ("cleaned", "oracle"):
-            gain = np.array(result[arm]) - np.array(result["raw"])
-            half = student.ppf(0.975, seeds - 1) * gain.std(ddof=1) / seeds**0.5
-            verdict = (
-                "pays"
-                if gain.mean() > half
-                else "harms"
-                if gain.mean() < -half
-                else "no difference that these seeds can show"
-            )
+            right = np.stack(result[arm])
+            gain = paired(right, raw)
             say(
                 f"{column}, {arm}",
-                f"{column:14} raw {np.mean(result['raw']):.4f}, {arm:7} {np.mean(result[arm]):.4f} ({arms[arm].sum()} of {n} rows), difference {gain.mean():+.4f} [{gain.mean() - half:+.4f}, {gain.mean() + half:+.4f}] → {verdict}",
+                f"{column:14} raw {raw.mean():.4f}, {arm:7} {right.mean():.4f} "
+                f"({arms[arm].sum()} of {n} rows), difference {gain} (first: {arm})",
                 n=len(test),
-                raw=result["raw"],
-                arm=result[arm],
+                raw=raw.mean(1).tolist(),
+                arm=right.mean(1).tolist(),
+                gain=gain,
             )
     return {"data": "cifar10n training", "size": RECIPE.size, "fingerprint": images.fingerprint()}
 
@@ -371,7 +378,8 @@ def hymenoptera():
         for i in found.suspects(name)[:4]:
             say(
                 name,
-                f"  {name:16} {found.keys[i]}  given {images.classes[images.labels[i]]}  score {found.scores[name][i]:.3f}",
+                f"  {name:16} {found.keys[i]}  given {images.classes[images.labels[i]]}  score "
+                f"{found.scores[name][i]:.3f}",
                 n=len(images),
             )
     return {"data": "hymenoptera", "fingerprint": images.fingerprint()}

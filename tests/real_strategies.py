@@ -1,15 +1,20 @@
-"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | slow | many | activation.
+"""What lesson 10 reports of strategies on photographs: real_strategies.py near | far | ood | slow |
+many | activation.
 
-near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels a class, to other pictures of the same classes (JPEG, noise, blur,
-       low contrast) and to other labels for the same pictures (reversed)
+near   a net that was trained on CIFAR-10's own pictures adapts, with 20 labels a class, to other
+       pictures of the same classes (JPEG, noise, blur, low
+       contrast) and to other labels for the same pictures (reversed)
 far    ImageNet's ResNet-18 learns the classes of Caltech-101 and of CIFAR-10 (JPEG) from few labels
-ood    the same net learns CIFAR-10 from 100 labels a class, by full fine-tuning and LP-FT, and is tested on what it learned and on pictures that are corrupted
+ood    the same net learns CIFAR-10 from 100 labels a class, by full fine-tuning and LP-FT, and is
+       tested on what it learned and on pictures that are corrupted
 slow   `ood` with a body that learns ten times slower than the head
 many   `near` with 100 labels a class, for noise and for reversed labels
-activation   another activation function in the net that was trained on CIFAR-10: what breaks, and how many steps mend it, at once or with a ramp
+activation   another activation function in the net that was trained on CIFAR-10: what breaks, and
+             how many steps mend it, at once or with a ramp
 
-Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets the same pictures and steps, and one of the same
-rates, chosen on validation pictures with a seed of its own.
+Reads FINETUNE_NB_DATA, writes ledgers to data/results/10_weight_tuning/. Every way of tuning gets
+the same pictures and steps, and one of the same rates,
+chosen on validation pictures with a seed of its own.
 """
 
 import copy
@@ -21,16 +26,15 @@ import numpy as np
 import torch
 from conftest import NBS, ROOT
 from PIL import Image, ImageFilter
-from scipy.stats import t as student
 
 from finetune_nb.data import load_images
 from finetune_nb.models.edits import replace_activation
 from finetune_nb.training.loop import recalibrate
 from finetune_nb.environment import notebook_hash
-from finetune_nb.evaluation import Ledger, evaluate
+from finetune_nb.evaluation import Ledger, evaluate, holm, paired
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import load_resnet
-from finetune_nb.training.strategies import layer_groups
+from finetune_nb.models.anatomy import anatomy
 from finetune_nb.training import Recipe, fit
 
 REAL = Path(os.environ["FINETUNE_NB_DATA"])
@@ -86,19 +90,6 @@ def same(x):
     return x
 
 
-def interval(gain):
-    half = student.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
-    return (
-        f"{gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}]",
-        gain.mean() - half,
-        gain.mean() + half,
-    )
-
-
-def verdict(low, high):
-    return "better" if low > 0 else "worse" if high < 0 else "not shown"
-
-
 def tuned(start, part, shots, recipe, seed):
     model = start(seed)
     fit(model, part.few(shots, seed=seed), None, recipe.replace(seed=seed), progress=False)
@@ -114,7 +105,8 @@ def all_classes(*parts):
 
 
 def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
-    """Every way with the same pictures and steps: its rate by validation loss with a seed of its own, then `seeds` runs. {way: accuracies [seeds, tests]}."""
+    """Every way with the same pictures and steps: its rate by validation loss with a seed of its
+    own, then `seeds` runs. {way: {test: right or wrong, bool [seeds, rows]}}."""
     all_classes(pool, valid, *tests.values())
     found, chosen = {}, {}
     for way, options in ways.items():
@@ -128,25 +120,32 @@ def race(name, start, pool, valid, tests, shots, recipe, ways, rates, seeds):
                 ).nll
             ),
         )
-        for seed in range(seeds):
-            model = tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
-            found.setdefault(way, []).append(
-                [evaluate(model, test, size=recipe.size).accuracy for test in tests.values()]
-            )
+        runs = [
+            tuned(start, pool, shots, recipe.replace(lr=rate, **options), seed)
+            for seed in range(seeds)
+        ]
+        found[way] = {
+            name: np.stack([evaluate(model, test, size=recipe.size).right for model in runs])
+            for name, test in tests.items()
+        }
         chosen[way] = rate
-        print(f"  {name}: {way}, rate {rate}: {np.mean(found[way], 0)}", flush=True)
-    for column, test in enumerate(tests):
-        values = {way: np.array(rows)[:, column] for way, rows in found.items()}
-        for way, row in values.items():
-            text, low, high = interval(row - values["full"])
+        means = [right.mean().round(4) for right in found[way].values()]
+        print(f"  {name}: {way}, rate {rate}: {means}", flush=True)
+    for test in tests:
+        base = found["full"][test]
+        gains = holm({way: paired(found[way][test], base) for way in found if way != "full"})
+        for way in found:
+            right, gain = found[way][test], gains.get(way)
+            against = f"against full {gain} (first: {way})" if gain else ""
             say(
                 f"{name}, {test}, {way}",
-                f"{name}, {test:24} {way:14} {row.mean():.3f}   against full {text} {verdict(low, high) if way != 'full' else ''}",
+                f"{name}, {test:24} {way:14} {right.mean():.3f}   {against}",
                 n=len(tests[test]),
-                values=row.tolist(),
+                values=right.mean(1).tolist(),
                 rate=chosen[way],
+                gain=gain,
             )
-    return {way: np.array(rows) for way, rows in found.items()}
+    return found
 
 
 def near(
@@ -168,7 +167,7 @@ def near(
     order = np.random.default_rng(0).permutation(len(x))
     cut = {"test": order[:2000], "valid": order[2000:2500], "pool": order[2500:]}
     change = {"noise": noise, "blur": blur, "low contrast": contrast}
-    groups = [g for g in layer_groups(source) if g != "fc"]
+    groups = [group for group in anatomy(source).groups if group != "head"]
     ways = ways | {f"only {g}": dict(strategy="surgical", layers=(g,), head_lr=0.0) for g in groups}
     recipe = Recipe(epochs=epochs, batch_size=32, size=32)
     for shift in shifts:
@@ -179,7 +178,9 @@ def near(
         }
         say(
             f"{shift}, as it comes",
-            f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; {shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test images",
+            f"{shift}: as it comes {evaluate(source, parts['test'], size=32).accuracy:.3f}; "
+            f"{shots} labels a class, {epochs} epochs, {seeds} seeds, {len(cut['test'])} test "
+            "images",
             n=len(cut["test"]),
         )
         race(
@@ -216,7 +217,8 @@ def imagenet(classes):
 
 
 def cifar(size, n_test=1000):
-    """Pool, validation and test pictures of CIFAR-10 (JPEG) at a size, and corrupted copies of the test pictures."""
+    """Pool, validation and test pictures of CIFAR-10 (JPEG) at a size, and corrupted copies of the
+    test pictures."""
     train, test = (
         load_images("cifar10", "train", limit=6000),
         load_images("cifar10", "test", limit=n_test),
@@ -311,13 +313,15 @@ def ood(
         (0.003, 0.015),
         seeds,
     )
-    for name, columns in (("its own distribution", [0]), ("off it, mean of three", [1, 2, 3])):
-        text, low, high = interval((found[probe] - found[rival])[:, columns].mean(1))
-        say(
-            f"{probe} against {rival}, {name}",
-            f"{probe} against {rival}, {name}: {text} {verdict(low, high)}",
-            n=len(tests["its own distribution"]),
+    own, *others = tests
+    for name, columns in ((own, [own]), (f"off it, mean of {len(others)}", others)):
+        # The corrupted pictures are copies of the same ones: a row's score is its mean over copies.
+        first, second = (
+            np.mean([found[way][column] for column in columns], 0) for way in (probe, rival)
         )
+        gain = paired(first, second)
+        text = f"{probe} against {rival}, {name}"
+        say(text, f"{text}: {gain}", n=len(tests[own]), gain=gain)
     return {
         "data": f"cifar10, {shots} labels a class",
         "arch": "resnet18",
@@ -327,7 +331,8 @@ def ood(
 
 
 def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu", "silu", "tanh")):
-    """Validation accuracy after every epoch from the exchange on; the rate of each function by validation accuracy with a seed of its own."""
+    """Validation accuracy after every epoch from the exchange on; the rate of each function by
+    validation accuracy with a seed of its own."""
     source, images = (
         load_resnet("resnet20", REAL / "weights/resnet20-12fca82f.th", 10),
         load_images("cifar10", "test"),
@@ -353,9 +358,11 @@ def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu"
 
     for kind in kinds:
         swapped = replace_activation(source, kind)
+        mended = recalibrate(copy.deepcopy(swapped), pool, 32)
+        at_once, anew = (evaluate(net, test, size=32).accuracy for net in (swapped, mended))
         say(
             f"{kind}, untrained",
-            f"{kind:11} as exchanged {evaluate(swapped, test, size=32).accuracy:.3f}, norms measured anew {evaluate(recalibrate(copy.deepcopy(swapped), pool, 32), test, size=32).accuracy:.3f}",
+            f"{kind:11} as exchanged {at_once:.3f}, norms measured anew {anew:.3f}",
             n=len(test),
         )
         rate = max(
@@ -363,19 +370,21 @@ def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu"
         )  # by accuracy: a net that is sure of itself has a high loss and may yet be right
         for ramp in (0.0, 0.5) if kind != "relu" else (0.0,):
             runs = [run(kind, ramp, rate, seed) for seed in range(seeds)]
-            values, path = (
-                np.array([evaluate(model, test, size=32).accuracy for model, _ in runs]),
-                np.mean([accuracies for _, accuracies in runs], 0),
-            )
+            values = np.stack([evaluate(model, test, size=32).right for model, _ in runs])
+            path = np.mean([accuracies for _, accuracies in runs], 0)
             control = values if control is None else control
-            text, low, high = interval(values - control)
+            gain = paired(values, control) if kind != "relu" else None
+            against = f", against relu trained alike {gain} (first: {kind})" if gain else ""
             say(
                 f"{kind}, ramp {ramp}",
-                f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each {-(-10 * shots // 32)} steps {', '.join(f'{v:.3f}' for v in path)}; test {values.mean():.3f}, against relu trained alike {text} {verdict(low, high) if kind != 'relu' else ''}",
+                f"{kind:11} {'with a ramp' if ramp else 'at once':11}: validation after each "
+                f"{-(-10 * shots // 32)} steps {', '.join(f'{v:.3f}' for v in path)}; test "
+                f"{values.mean():.3f}{against}",
                 n=len(test),
-                values=values.tolist(),
+                values=values.mean(1).tolist(),
                 path=path.tolist(),
                 rate=rate,
+                gain=gain,
             )
     return {
         "data": f"cifar10 activation, {shots} labels a class",

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, make_photos
 from sklearn.base import clone
 from torch import nn
@@ -25,7 +26,8 @@ from finetune_nb.application import (
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError, shipped_file
 from finetune_nb.evaluation import Evaluation, evaluate
-from finetune_nb.models import load_model, to_input
+from finetune_nb.models import adopt, load_model, load_resnet, to_input
+from finetune_nb import showcase
 from finetune_nb.showcase import demo, pretrain
 from finetune_nb.training import Recipe, Run
 
@@ -101,7 +103,7 @@ def test_pixels_as_labels_are_refused(arrays):
 
 
 def test_scikit_learn_estimator(arrays):
-    tuner = FineTuner(epochs=2, batch_size=32, seed=3)
+    tuner = FineTuner("resnet20", weights="shipped", epochs=2, batch_size=32, seed=3)
     assert clone(tuner).get_params() == tuner.get_params()
     names = np.array(list("abcdefghij"))
     tuner.fit(arrays[0], names[arrays[1]])
@@ -114,10 +116,55 @@ def test_scikit_learn_estimator(arrays):
     assert (again.predict(arrays[2]) == found).all()
 
 
+class Tuned(FineTuner):
+    """What a user writes: parameters of its own, handed on by name."""
+
+    def __init__(self, strategy="head", extra=1, seed=0):
+        super().__init__(arch="resnet20", weights="shipped", strategy=strategy, epochs=1, seed=seed)
+        self.extra = extra
+
+
+def test_estimator_can_be_subclassed(arrays):
+    mine = Tuned(extra=7)
+    assert (mine.strategy, mine.epochs, mine.extra) == ("head", 1, 7)
+    assert mine.get_params() == {"strategy": "head", "extra": 7, "seed": 0}
+    again = clone(mine.set_params(seed=3))
+    assert type(again) is Tuned and again.get_params() == mine.get_params() and again.seed == 3
+    again.fit(arrays[0][:40], arrays[1][:40])
+    assert again.run_.recipe.strategy == "head" and again.run_.recipe.seed == 3
+
+
+def test_every_parameter_of_the_estimator_is_kept_as_given():
+    names = FineTuner().get_params()
+    given = {name: object() for name in names}
+    assert FineTuner(**given).get_params() == given
+
+
+def test_estimator_predicts_at_the_size_it_learned(arrays):
+    tuner = FineTuner("resnet20", weights="shipped", epochs=1, size=16).fit(
+        arrays[0][:40], arrays[1][:40]
+    )
+    assert tuner.model_.info["size"] == 16
+
+
+def test_the_last_layer_is_fc_whatever_its_name():
+    model = ResNet()
+    model.net = adopt(torchvision.models.mobilenet_v3_small(num_classes=3))
+    assert model.fc is model.net.classifier[3]
+    model.fc = nn.Linear(model.fc.in_features, 5)
+    assert model.info["num_classes"] == 5
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
 def test_the_whole_road_leaves_what_it_promises(tmp_path):
     folder = make_photos(tmp_path / "photos", split=True)
     found = fine_tune(
-        folder, tmp_path / "run", recipe=Recipe(epochs=2, batch_size=8), progress=False
+        folder,
+        tmp_path / "run",
+        "resnet20",
+        "shipped",
+        recipe=Recipe(epochs=2, batch_size=8),
+        progress=False,
     )
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
@@ -157,10 +204,18 @@ def test_the_whole_road_leaves_what_it_promises(tmp_path):
 
 def test_a_checkpoint_that_fits_is_measured_first(tmp_path):
     folder = make_photos(tmp_path / "photos")
-    first = fine_tune(folder, tmp_path / "a", recipe=Recipe(epochs=2, batch_size=8), progress=False)
+    first = fine_tune(
+        folder,
+        tmp_path / "a",
+        "resnet20",
+        "shipped",
+        recipe=Recipe(epochs=2, batch_size=8),
+        progress=False,
+    )
     second = fine_tune(
         folder,
         tmp_path / "b",
+        "resnet20",
         weights=tmp_path / "a" / "model.safetensors",
         recipe=Recipe(epochs=1, batch_size=8),
         progress=False,
@@ -182,11 +237,13 @@ def test_predict_keeps_the_order_and_marks_the_unreadable(tmp_path):
 
 
 def test_default_recipes():
-    assert (
-        default_recipe("resnet20", 50_000).epochs <= 3
-        and "flip" not in default_recipe("resnet20", 100, True).augment
-    )
-    assert default_recipe("resnet18", 200).augment == "resized-crop-flip"
+    small, large = load_resnet("resnet20", None), load_resnet("resnet18", None)
+    assert default_recipe(small, 50_000).epochs <= 3
+    assert "flip" not in default_recipe(small, 100, True).augment
+    assert "flip" not in default_recipe(large, 100, True).augment
+    assert default_recipe(large, 200).augment == "resized-crop-flip"
+    large.info["size"] = 32  # what decides is the size it was made for, not its name
+    assert default_recipe(large, 200) == default_recipe(small, 200)
 
 
 def test_pretrain_small_is_reproducible(tmp_path):
@@ -207,29 +264,24 @@ def test_demo_in_full(tmp_path):
 
 
 def test_demo_short(tmp_path, monkeypatch):
-    """The demo as it is, with fewer epochs: one table of three rows, a report, a model and a card."""
-    from finetune_nb import showcase as shipped
-
-    monkeypatch.setattr(
-        shipped,
-        "PLAN",
-        [(name, k, 1, batch, strategy) for name, k, _, batch, strategy in shipped.PLAN],
-    )
+    """The demo as it is, for one epoch: a table, comparisons without an order inside the noise, a
+    report with photographs, a model and a card."""
+    monkeypatch.setattr(showcase, "PLAN", [("5 labels a class", 5, 1, 25)])
     said = []
     report = demo(tmp_path, progress=False, echo=said.append)
-    assert (
-        len(said) == 5
-        and said[1].startswith("labels")
-        and all(
-            re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:]
-        )
-    )
-    assert (
-        report.name == "report.html"
-        and (tmp_path / "model.safetensors").is_file()
-        and (tmp_path / "card.md").is_file()
-    )
-    assert "few and many labels" in report.read_text()
+    assert "held-out photographs of 20 classes" in said[0] and "one seed" in said[3]
+    assert said[1].split() == ["labels", "images", "steps", "from", "scratch", "head", "everything"]
+    figures = re.findall(r"(0\.\d{3}) \[(0\.\d{3}), (0\.\d{3})\]", said[2])
+    assert len(figures) == 3 and " 100 " in said[2] and " 4 " in said[2]
+    assert float(figures[1][0]) > float(figures[0][2])  # the head on ImageNet's features
+    for line in said[4:]:
+        low, high = map(float, re.search(r"\[([+-].*), ([+-].*)\]", line).groups())
+        assert ("no difference shown" in line) == (low <= 0 <= high)
+    assert len(said) == 7
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"report.html", "model.safetensors", "card.md"} <= left
+    page = report.read_text()
+    assert "Compared on the same test pictures" in page and page.count("data:image/png") >= 3
 
 
 def cli(*arguments, cwd=None):
@@ -247,7 +299,9 @@ def cli(*arguments, cwd=None):
 def test_command_line_goes_the_whole_road(tmp_path):
     folder = make_photos(tmp_path / "photos")
     (folder / "class0" / "bad.jpg").write_text("no image")
-    done = cli("train", "--data", folder, "--epochs", 2, "--batch-size", 8, "-o", tmp_path / "run")
+    small = ("--arch", "resnet20", "--weights", "shipped")
+    run = (*small, "--epochs", 2, "--batch-size", 8, "-o", tmp_path / "run")
+    done = cli("train", "--data", folder, *run)
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.strip().splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
@@ -263,12 +317,10 @@ def test_command_line_goes_the_whole_road(tmp_path):
         and [r for r in rows if r[1] == "unreadable"][0][0] == "class0/bad.jpg"
     )
     for _ in range(2):  # the second time nothing is decoded again
-        done = cli(
-            "audit", "--data", folder, "-o", tmp_path / "audit", "--arch", "resnet20", "--size", 32
-        )
+        done = cli("audit", "--data", folder, "-o", tmp_path / "audit", *small, "--size", 32)
         assert done.returncode == 0 and "near_duplicate" in done.stdout, done.stderr
     assert (tmp_path / "audit/audit.parquet").is_file()
-    done = cli("features", "--data", folder, "-o", tmp_path / "features", "--size", 32)
+    done = cli("features", "--data", folder, *small, "-o", tmp_path / "features", "--size", 32)
     assert "336 columns" in done.stdout, done.stderr
     done = cli(
         "pack", "--data", folder, "-o", tmp_path / "packed", "--size", 32, "--encoding", "raw"
@@ -302,9 +354,25 @@ def test_command_line_mistakes_are_one_message(arguments, words, tmp_path):
     assert done.stderr.startswith("finetune-nb: ")
 
 
+def test_help_is_in_words():
+    """Each verb and each option says what it is for; none shows how typer keeps it."""
+    import typer
+
+    from finetune_nb.cli import app
+
+    verbs = typer.main.get_command(app).commands
+    assert {"demo", "doctor", "train", "evaluate", "predict", "audit", "pack"} <= set(verbs)
+    for name, verb in verbs.items():
+        assert verb.help and not name.startswith("_")
+        for option in verb.params:
+            if option.name != "help":
+                assert option.help and "OptionInfo" not in str(option.default), (name, option.name)
+
+
 def test_command_line_other_classes(tmp_path):
     folder = make_photos(tmp_path / "photos", classes=2)
-    fine_tune(folder, tmp_path / "run", recipe=Recipe(epochs=1, batch_size=8), progress=False)
+    recipe = Recipe(epochs=1, batch_size=8)
+    fine_tune(folder, tmp_path / "run", "resnet20", "shipped", recipe, progress=False)
     done = cli("evaluate", "--model", tmp_path / "run", "--data", "digits")
     assert done.returncode == 2 and "must be the same" in done.stderr
 

@@ -19,12 +19,13 @@ import pytest
 from conftest import make_photos, needs_real_data
 from PIL import Image
 
-from finetune_nb.data import load_images
+from finetune_nb.data import SOURCES, load_images, source
+from finetune_nb.data.augmenting import AUGMENTATIONS, augmentation
 from finetune_nb.environment import FinetuneError, write_atomic
 from finetune_nb.data.glyphs import CLASSES, DEFECTS, fonts_for, render_glyph
-from finetune_nb.data.index import Images, from_arrays, open_index, save_index
+from finetune_nb.data.index import Images, from_arrays
 from finetune_nb.data.decoding import MAX_PIXELS, BadImage, open_rgb
-from finetune_nb.data.reading import ByteReader
+from finetune_nb.data.reading import ByteReader, open_index, save_index
 from finetune_nb.data.sources import make_table, scan_folder
 
 
@@ -381,7 +382,8 @@ MEMORY = """
 import resource, sys
 import numpy as np
 from finetune_nb.data.batches import epoch_order
-from finetune_nb.data.index import Images, open_index
+from finetune_nb.data.index import Images
+from finetune_nb.data.reading import open_index
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 images = Images(open_index(sys.argv[1])).split("train") if sys.argv[2] == "split" else Images(open_index(sys.argv[1]))
 for position in range(0, len(images), max(1, len(images)//500)):
@@ -857,3 +859,64 @@ def test_images_say_what_they_are(tmp_path):
     text = repr(load_images(make_photos(tmp_path / "p", 3, 8)).select([0, 1, 2]))
     assert "3 rows" in text and "class0" in text and str(tmp_path) not in text
     assert "in memory" in repr(load_images("digits"))
+
+
+def test_a_source_of_ones_own_is_one_function(tmp_path):
+    """Registered by name; it may give images or paths, and its options are checked."""
+    folder = picture_folder(tmp_path / "d")
+
+    @source("ours")
+    def ours(root, limit, seed, shade=10):
+        return from_arrays(np.full((6, 4, 4), shade, np.uint8), np.arange(6) % 2)
+
+    @source("theirs")
+    def theirs(root, limit, seed):
+        return folder
+
+    try:
+        assert load_images("ours", shade=30).memory[0, 0, 0, 0] == 30
+        assert len(load_images("ours", limit=4)) == 4
+        assert load_images("theirs").fingerprint() == load_images(folder).fingerprint()
+        with pytest.raises(FinetuneError, match="has no option colour: it takes shade"):
+            load_images("ours", colour=1)
+        with pytest.raises(FinetuneError, match="ours"):
+            load_images(tmp_path / "nothing")
+        with pytest.raises(FinetuneError, match="takes no option defects"):
+            load_images(folder, defects={"label": 0.1})
+    finally:
+        del SOURCES["ours"], SOURCES["theirs"]
+
+
+def test_an_augmentation_of_ones_own_is_one_function(tmp_path):
+    images = load_images(picture_folder(tmp_path / "d"))
+
+    @augmentation("dim", numbers=11, cuts=True)
+    def dim(pixels, u):
+        assert u.shape == (len(pixels), 11)
+        return (pixels * u[:, 10, None, None, None]).astype(np.uint8)
+
+    try:
+        a, b = (
+            np.concatenate(
+                [x.pixels.numpy() for x in images.loader(batch_size=n, size=8, augment="dim")]
+            )
+            for n in (3, 10)
+        )
+        assert np.array_equal(a, b) and images.loader(size=8, augment="dim").cache is None
+    finally:
+        del AUGMENTATIONS["dim"]
+    with pytest.raises(FinetuneError, match="none, shift, flip"):
+        images.loader(augment="dim")
+
+
+def test_shift_and_flip_move_whole_pixels():
+    """Against plain indexing: nothing is interpolated, edges are repeated."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    u = np.random.default_rng(1).random((5, 8))
+    shifted = AUGMENTATIONS["shift"](pixels, u)
+    flipped = AUGMENTATIONS["flip"](pixels, u)
+    for i in range(5):
+        rows, columns = (np.arange(16) + int(u[i, j] * 5) - 2 for j in (0, 1))
+        wanted = pixels[i][rows.clip(0, 15)][:, columns.clip(0, 15)]
+        assert np.array_equal(shifted[i], wanted)
+        assert np.array_equal(flipped[i], pixels[i, :, ::-1] if u[i, 2] < 0.5 else pixels[i])

@@ -10,7 +10,7 @@ from conftest import ROOT  # noqa: F401
 from lessons import LESSONS, cells, solutions, source
 from torch import nn
 
-from finetune_nb.checks import _CHECKS, check
+from finetune_nb.checks import CHECKS, check
 
 SOLUTIONS = {number: (path, block) for path in LESSONS for number, block in solutions(path).items()}
 
@@ -81,7 +81,7 @@ TEMPTING = {
 
 
 def test_every_check_is_an_exercise():
-    assert set(SOLUTIONS) == set(_CHECKS) == set(TEMPTING)
+    assert set(SOLUTIONS) == set(CHECKS) == set(TEMPTING)
 
 
 @pytest.mark.parametrize("number", sorted(SOLUTIONS))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import chisquare
 
-from finetune_nb.data.batches import AUGMENTATIONS, crop_box, epoch_order
+from finetune_nb.data.augmenting import AUGMENTATIONS, crop_box
+from finetune_nb.data.batches import epoch_order
 from finetune_nb.data import load_images
 from finetune_nb.environment import (
     DOMAINS,

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_data.ipynb #export0da
-from .batches import AUGMENTATIONS, epoch_order, crop_box, Batch, Loader, PixelCache
+from .augmenting import AUGMENTATIONS, augmentation, crop_box
+from .batches import epoch_order, Batch, Loader, PixelCache
 from finetune_nb.data.decoding import (
     MAX_PIXELS,
     INTERPOLATIONS,
@@ -26,15 +27,18 @@ from finetune_nb.data.glyphs import (
     render_range,
     render_many,
     plant_defects,
+    glyph_images,
 )
-from .index import save_index, open_index, Images, from_arrays, with_splits
-from .loading import KNOWN, load_images, three_way
-from .packing import write_shards, pack, to_parquet
+from .index import Images, from_arrays, with_splits
+from .loading import SOURCES, KNOWN, source, load_images, three_way
+from .packing import write_shards, pack, to_parquet, download_set
 from .photos import PHOTO_SIDE, PHOTO_QUALITY, PHOTO_CLASSES, cut_photos
 from finetune_nb.data.reading import (
     OPEN_FILES,
     GROUP_BYTES,
     whole_table,
+    save_index,
+    open_index,
     ByteReader,
     file_stamp,
     content_hashes,
@@ -48,6 +52,7 @@ from finetune_nb.data.sources import (
     scan_tars,
     class_names,
     scan_parquet,
+    find_paths,
 )
 
 __all__ = [
@@ -69,18 +74,23 @@ __all__ = [
     "PHOTO_QUALITY",
     "PHOTO_SIDE",
     "PixelCache",
+    "SOURCES",
     "SPLIT_NAMES",
+    "augmentation",
     "class_names",
     "content_hashes",
     "crop_box",
     "cut_photos",
     "decode_rgb",
+    "download_set",
     "draw_pictures",
     "epoch_order",
     "file_stamp",
+    "find_paths",
     "fit_square",
     "fonts_for",
     "from_arrays",
+    "glyph_images",
     "load_images",
     "make_table",
     "npy_bytes",
@@ -97,6 +107,7 @@ __all__ = [
     "scan_folder",
     "scan_parquet",
     "scan_tars",
+    "source",
     "three_way",
     "to_parquet",
     "whole_table",

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'SPLIT_NAMES', 'make_table', 'rows_from_paths', 'scan_folder', 'scan_tars', 'class_names',
-           'scan_parquet']
+           'scan_parquet', 'find_paths']
 
 # %% ../../nbs/reference/sources.ipynb #50fc64b4
+import glob
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -295,3 +297,40 @@ def _packed(path, table):
     return table.set_column(
         1, "file", pa.DictionaryArray.from_arrays(files.indices, pa.array(places))
     )
+
+# %% ../../nbs/reference/sources.ipynb #e05cb1b6
+def find_paths(
+    source,  # a path, a glob, or a list of them
+    named=(),  # names of sources, for the message
+) -> list:  # of tars, of Parquet files, or one folder
+    "The paths behind a source. Raises `FinetuneError` for what does not exist or is of another kind."
+    if isinstance(source, (list, tuple)):
+        return [path for one in source for path in find_paths(one, named)]
+    text = str(source)
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if braces:
+        first, last = braces.groups()
+        return [
+            Path(text[: braces.start()] + str(i).zfill(len(first)) + text[braces.end() :])
+            for i in range(int(first), int(last) + 1)
+        ]
+    path = Path(text)
+    if any(mark in text for mark in "*?["):
+        found = [Path(p) for p in sorted(glob.glob(text))]
+        if not found:
+            raise FinetuneError(f"no file matches {text}: check the path and the pattern")
+        return found
+    if not path.exists():
+        raise FinetuneError(
+            f"{path} does not exist: give a folder, a .tar, a .parquet, or one of {', '.join(named)}"
+        )
+    if path.is_dir() and (path / "index.parquet").is_file():
+        return [path / "index.parquet"]
+    if path.is_dir():
+        for kind in ("*.tar", "*.parquet"):
+            inside = sorted(path.glob(kind))
+            if inside:
+                return inside
+    if path.is_file() and path.suffix not in (".tar", ".parquet"):
+        raise FinetuneError(f"{path} is neither a folder, a .tar nor a .parquet file: unpack it")
+    return [path]

@@ -1,4 +1,5 @@
-"""An audit's speed and memory: the pixel pass and the whole for growing sets, and both beside cleanvision where it is installed.
+"""An audit's speed and memory: the pixel pass and the whole for growing sets, and both beside
+cleanvision where it is installed.
 
 bench_audit.py [sizes …]   (default 5000 20000 50000; 200000 takes several minutes)
 """
@@ -22,18 +23,22 @@ sys.path.insert(0, sys.argv[1])
 from finetune_nb.data import load_images
 from finetune_nb.preprocessing.pixels import pixel_pass
 from finetune_nb.preprocessing import audit
+from finetune_nb.preprocessing.rules import CHECKS
 images = load_images(sys.argv[2])
 n = int(sys.argv[3])
-images = images.select(np.resize(np.arange(len(images)), n))  # rows again and again: the work and the memory are those of n images
+# Rows again and again: the work and the memory are those of n images.
+images = images.select(np.resize(np.arange(len(images)), n))
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 begin = time.perf_counter()
 if sys.argv[5] == "pixels": pixel_pass(images, sys.argv[4])
 else:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(n, 64)).astype(np.float32)
-    audit(images, features, folder=sys.argv[4], checks=[c for c in __import__("finetune_nb.flags", fromlist=["CHECKS"]).CHECKS if c != "label"])
+    checks = [name for name in CHECKS if name != "label"]
+    audit(images, features, folder=sys.argv[4], checks=checks)
 took = time.perf_counter() - begin
-print(json.dumps({"seconds": took, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, "base": base}))
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+print(json.dumps({"seconds": took, "memory": memory, "base": base}))
 """
 
 
@@ -62,7 +67,9 @@ def growth(folder, sizes):
         found = [one(folder, n, what) for n in sizes]
         for n, row in zip(sizes, found):
             print(
-                f"{what:8} {n:8,} images  {n / row['seconds']:8,.0f} images/s   {row['seconds']:7.1f} s   peak {row['memory']:6,.0f} MB (before the work {row['base']:,.0f})",
+                f"{what:8} {n:8,} images  {n / row['seconds']:8,.0f} images/s   "
+                f"{row['seconds']:7.1f} s   peak {row['memory']:6,.0f} MB (before the work "
+                f"{row['base']:,.0f})",
                 flush=True,
             )
         if len(sizes) > 1:
@@ -90,7 +97,9 @@ def neighbours(images, name):
         for k in (1, 10)
     ]
     print(
-        f"{name:28} neighbours of {len(x):,} rows: all pairs {exact:.1f} s, index {index:.1f} s, ratio {exact / index:.1f}; the index finds {share[0]:.1%} of the nearest and {share[1]:.1%} of the ten nearest",
+        f"{name:28} neighbours of {len(x):,} rows: all pairs {exact:.1f} s, index {index:.1f} s, "
+        f"ratio {exact / index:.1f}; the index finds {share[0]:.1%} of the nearest and "
+        f"{share[1]:.1%} of the ten nearest",
         flush=True,
     )
 
@@ -128,7 +137,8 @@ def beside_cleanvision(folder, name):
         slow, fast = timed(theirs), timed(lambda: audit(images, checks=checks))
         ratios.append(slow / fast)
         print(
-            f"{name:28} ours {len(images) / fast:8,.0f} images/s   cleanvision {len(images) / slow:8,.0f} images/s   ratio {slow / fast:.1f}",
+            f"{name:28} ours {len(images) / fast:8,.0f} images/s   cleanvision "
+            f"{len(images) / slow:8,.0f} images/s   ratio {slow / fast:.1f}",
             flush=True,
         )
     print(f"{name:28} median ratio {np.median(ratios):.1f}", flush=True)

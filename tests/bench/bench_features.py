@@ -1,4 +1,5 @@
-"""Extraction of all blocks against the bare forward pass over the same batches, and a head on stored features against the net."""
+"""Extraction of all blocks against the bare forward pass over the same batches, and a head on
+stored features against the net."""
 
 import time
 
@@ -80,6 +81,7 @@ if __name__ == "__main__":
         slow = head(through_net, x.shape[1], 130, 1)
         steps = -(-len(some) // 128)
         print(
-            f"{arch} at {size} px: a head's step on stored features {fast / steps * 1000:.2f} ms, an epoch {slow / fast:,.0f} times as fast as through the net",
+            f"{arch} at {size} px: a head's step on stored features {fast / steps * 1000:.2f} "
+            f"ms, an epoch {slow / fast:,.0f} times as fast as through the net",
             flush=True,
         )

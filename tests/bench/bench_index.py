@@ -23,7 +23,8 @@ def many_files(folder, n=50_000, classes=100):
 
 
 def imports(repeats=7):
-    """The difference of medians, both run in turn: a start takes seconds, and what is asked for is milliseconds of it."""
+    """The difference of medians, both run in turn: a start takes seconds, and what is asked for is
+    milliseconds of it."""
 
     def once(code):
         return timed(lambda: subprocess.run([sys.executable, "-c", code], check=True))
@@ -31,7 +32,8 @@ def imports(repeats=7):
     pairs = [(once("import torch"), once("import torch, finetune_nb")) for _ in range(repeats)]
     base, both = (statistics.median(column) for column in zip(*pairs))
     print(
-        f"{'import finetune_nb beyond import torch':58} {(both - base) * 1000:.0f} ms (import torch itself: {base:.2f} s)"
+        f"{'import finetune_nb beyond import torch':58} {(both - base) * 1000:.0f} ms (import "
+        f"torch itself: {base:.2f} s)"
     )
 
 

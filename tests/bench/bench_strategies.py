@@ -1,4 +1,5 @@
-"""What a step of each strategy costs, as a multiple of a step of `full` in the same round (less is cheaper), and how many epochs a second the head alone makes on stored features."""
+"""What a step of each strategy costs, as a multiple of a step of `full` in the same round (less is
+cheaper), and how many epochs a second the head alone makes on stored features."""
 
 import statistics
 
@@ -50,7 +51,8 @@ if __name__ == "__main__":
                 found[name].append(seconds(arch, weights, images, size, **changes) / plain)
         for name, ratios in found.items():
             print(
-                f"{arch} at {size} px: {name:42} {statistics.median(ratios):.2f} of a step of full  ({min(ratios):.2f} … {max(ratios):.2f})",
+                f"{arch} at {size} px: {name:42} {statistics.median(ratios):.2f} of a step of "
+                f"full  ({min(ratios):.2f} … {max(ratios):.2f})",
                 flush=True,
             )
         torch.manual_seed(0)
@@ -66,6 +68,7 @@ if __name__ == "__main__":
             min(seconds(arch, weights, images, size) for _ in range(3)),
         )
         print(
-            f"{arch} at {size} px: the head on stored features makes {slow / fast:,.0f} times the epochs a second of full",
+            f"{arch} at {size} px: the head on stored features makes {slow / fast:,.0f} times "
+            "the epochs a second of full",
             flush=True,
         )

@@ -1,4 +1,5 @@
-"""Training steps a second: `fit` against a plain PyTorch loop — same net, data, optimizer, threads and number of steps."""
+"""Training steps a second: `fit` against a plain PyTorch loop — same net, data, optimizer, threads
+and number of steps."""
 
 import tempfile
 

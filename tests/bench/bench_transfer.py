@@ -1,4 +1,5 @@
-"""Is the shipped checkpoint worth starting from? Accuracy on 600 handwritten digits, three seeds, against the same net from scratch at equal steps."""
+"""Is the shipped checkpoint worth starting from? Accuracy on 600 handwritten digits, three seeds,
+against the same net from scratch at equal steps."""
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from finetune_nb.training import fit
 
 
 def parts():
-    """(train, test): the test digits and 241 of the training digits make 600; validation digits, which recipes were chosen on, are trained on."""
+    """(train, test): the test digits and 241 of the training digits make 600; validation digits,
+    which recipes were chosen on, are trained on."""
     whole = load_images("digits")
     train, valid, test = whole.three_way()
     rest, more = train.divide((600 - len(test)) / len(train), seed=1)
@@ -51,6 +53,7 @@ if __name__ == "__main__":
                 lambda: found.extend(run(train, test, plan, start, seed) for seed in range(3))
             )
             print(
-                f"{plan[0]:18} {start:13} {np.mean(found):.3f}  ({', '.join(f'{a:.3f}' for a in found)})   {seconds:.0f} s",
+                f"{plan[0]:18} {start:13} {np.mean(found):.3f}  "
+                f"({', '.join(f'{a:.3f}' for a in found)})   {seconds:.0f} s",
                 flush=True,
             )

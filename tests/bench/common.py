@@ -15,7 +15,8 @@ def timed(function):
 
 
 def compare(name, ours, plain, work, unit, repeats=3):
-    """Run both in turn, so that a busy moment of the machine hits both; print medians and their ratio (above 1: ours is faster)."""
+    """Run both in turn, so that a busy moment of the machine hits both; print medians and their
+    ratio (above 1: ours is faster)."""
     times = {"ours": [], "plain": []}
     for _ in range(repeats):
         times["plain"].append(timed(plain))
@@ -23,7 +24,9 @@ def compare(name, ours, plain, work, unit, repeats=3):
     a, b = statistics.median(times["ours"]), statistics.median(times["plain"])
     ratios = sorted(p / o for p, o in zip(times["plain"], times["ours"]))
     print(
-        f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio {b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f}; best against best {min(times['plain']) / min(times['ours']):.2f})",
+        f"{name:58} ours {work / a:10,.1f} {unit}/s   plain {work / b:10,.1f} {unit}/s   ratio "
+        f"{b / a:.2f}  ({ratios[0]:.2f} … {ratios[-1]:.2f}; best against best "
+        f"{min(times['plain']) / min(times['ours']):.2f})",
         flush=True,
     )
     return b / a
