@@ -278,7 +278,6 @@ NOT_SHOWN = {  # public names that still lack an example; none is added
     "CifarResNet",
     "Diverged",
     "Loader",
-    "LowRankConv2d",
     "PixelCache",
     "SelectedNet",
     "Strategy",
