@@ -52,6 +52,8 @@ def refresh(path):
     with tempfile.TemporaryDirectory() as runs:
         # A relative working folder keeps machine paths out of what the lessons print.
         os.environ.setdefault("TQDM_DISABLE", "1")
+        # The tests draw without a screen; a notebook keeps what it draws.
+        os.environ.pop("MPLBACKEND", None)
         os.environ["FINETUNE_NB_RUNS"] = runs
         for last in (False, True):  # with both cores busy, Jupyter loses a reply now and then
             try:
