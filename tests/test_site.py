@@ -277,13 +277,7 @@ NOT_SHOWN = {  # public names that still lack an example; none is added
     "Batch",
     "CifarResNet",
     "Diverged",
-<<<<<<< HEAD
-    "Loader",
-    "PixelCache",
-=======
     "EfficientNetLite0",
-    "LowRankConv2d",
->>>>>>> main
     "SelectedNet",
     "Strategy",
     "activations",
