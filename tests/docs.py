@@ -16,8 +16,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".venv", ".git", "runs", "_docs", "_proc", "build", "__pycache__", "*.egg-info")
+# nbdev runs exports and imports to document them; of a cell that also does something else, nothing.
 PROCESS = """
-from nbdev import quarto, serve
+import ast
+from nbdev import processors, quarto, serve
+
+whole = processors._do_eval
+shown = {"export", "exports", "exporti", "exec_doc"}
+
+
+def needed(cell):
+    if cell.cell_type != "code" or not whole(cell):
+        return False
+    trees = cell.parsed_()
+    imports = all(isinstance(tree, (ast.Import, ast.ImportFrom)) for tree in trees)
+    return bool(imports or shown & set(cell.directives_) or processors._show_docs(trees))
+
+
+processors._do_eval = needed
 if __name__ == "__main__":
     quarto.refresh_quarto_yml()
     serve.proc_nbs(n_workers=0)
