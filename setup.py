@@ -9,6 +9,10 @@ config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = config["DEFAULT"]
 
+# One line of settings.ini: "name: requirement requirement; name: requirement".
+extras = dict(part.split(":", 1) for part in cfg["extras"].split(";") if part.strip())
+extras = {name.strip(): words.split() for name, words in extras.items()}
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -22,7 +26,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), **extras},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -6,7 +6,25 @@ import torchvision.models
 from torch import nn
 
 from finetune_nb.environment import FinetuneError
-from finetune_nb.models import adopt, anatomy, head_of, load_resnet, set_head, tapped
+from finetune_nb.models import (
+    BACKBONES,
+    adopt,
+    anatomy,
+    apply_edit,
+    backbone,
+    build,
+    count_cost,
+    eval_mode,
+    head_of,
+    load_backbone,
+    load_model,
+    load_resnet,
+    logits_of,
+    replace_activation,
+    save_model,
+    set_head,
+    tapped,
+)
 
 NAMES = torchvision.models.list_models(torchvision.models)
 # The smallest member of each family of torchvision, and the side of the pictures it is tried with.
@@ -141,3 +159,148 @@ def test_taps_leave_nothing_behind():
     assert seen["brain"].shape == (2, 4, 8, 8) and seen["mouth.2"].shape == (2, 4, 1, 1)
     assert torch.allclose(seen["brain"].mean((2, 3)), seen["mouth.2"].flatten(1))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+# Small nets of timm, of different kinds, and the side of the pictures they are tried with.
+TIMM = (
+    ("resnet10t", 32),
+    ("convnext_atto", 32),
+    ("tf_efficientnet_lite0", 32),
+    ("vit_tiny_patch16_224", 224),
+    ("swin_tiny_patch4_window7_224", 224),
+    ("mobilenetv3_small_050", 32),
+    ("regnetx_002", 32),
+    ("mixer_s32_224", 224),
+    ("beit_base_patch16_224", 224),
+    ("maxvit_rmlp_pico_rw_256", 256),
+    ("edgenext_xx_small", 64),
+    ("tiny_vit_5m_224", 224),
+)
+SMALL_NETS = (*SMALLEST, *((f"timm/{name}", size) for name, size in TIMM))
+# What builds a deep timm net in a small form.
+SHALLOW = {"timm/beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 2}}
+
+
+def small_net(name, classes=5):
+    "A net of `SMALL_NETS` with fresh weights, and `info`."
+    torch.manual_seed(0)
+    if name in SHALLOW:
+        timm = pytest.importorskip("timm")
+        return adopt(timm.create_model(name[5:], num_classes=classes, **SHALLOW[name]), arch=name)
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    return build(name, classes)
+
+
+QUICK = (
+    *SMALLEST[:10],
+    ("squeezenet1_1", 64),
+    ("timm/resnet10t", 32),
+    ("timm/edgenext_xx_small", 64),
+)
+
+
+@pytest.mark.parametrize("name, size", QUICK)
+def test_small_nets(name, size, tmp_path):
+    """Head replaced, features out of every block, and the same function after save and load."""
+    net = small_net(name)
+    parts, seen = checked(net), {}
+    x = torch.rand(2, 3, size, size)
+    set_head(net, 3)
+    with torch.no_grad(), eval_mode(net):
+        with tapped(net, [*parts.blocks, parts.head], lambda at, out: seen.update({at: out.shape})):
+            logits = net(x)
+        assert logits.shape == (2, 3) == (2, net.info["num_classes"])
+    assert list(seen) == [*parts.blocks, parts.head], "each block is passed once, in order"
+    width = head_of(net).weight.shape[1]
+    assert all(len(shape) == 4 and shape[0] == 2 for shape in seen.values())
+    assert seen[parts.head][1] == width
+    assert isinstance(logits_of(net.train()(x)), torch.Tensor)
+    if name not in SHALLOW:
+        again = load_model(save_model(net, tmp_path / "m.safetensors"))
+        with torch.no_grad():
+            assert torch.equal(net.eval()(x), again(x)) and again.info == net.info
+
+
+def test_timm_two_heads_are_named():
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3)
+    with pytest.raises(FinetuneError, match="has 2 heads.*head='head'"):
+        anatomy(net)
+    parts = anatomy(net, head="head")
+    assert parts.groups["head"] == ("head.weight", "head.bias")
+    with pytest.raises(FinetuneError, match="timm has no model 'resnet19'.*near"):
+        build("timm/resnet19", 3)
+
+
+def test_auxiliary_heads_of_a_file_are_left_out(tmp_path):
+    full = torchvision.models.googlenet(weights=None, num_classes=6, init_weights=False)
+    torch.save(full.state_dict(), tmp_path / "g.pth")
+    net = load_backbone("googlenet", tmp_path / "g.pth")
+    assert net.info["num_classes"] == 6
+    assert {row[0].split(".")[0] for row in net.loading if row[3] == "ignored" and row[1]} >= {
+        "aux1",
+        "aux2",
+    }
+    parts = checked(full)
+    assert any(name.startswith("aux1.") for name in parts.groups["inception4"])
+    assert logits_of(full.train()(torch.rand(2, 3, 64, 64))).shape == (2, 6)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vit_b_32", "swin_t", "mobilenet_v3_small"])
+def test_checkpoints_of_every_family(name, tmp_path):
+    """A file keeps its own names for heads and prefixes, and each finds its place."""
+    net = getattr(torchvision.models, name)(weights=None, num_classes=4)
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    found = load_backbone(name, tmp_path / "x.pth")
+    assert {row[3] for row in found.loading} == {"loaded"} and found.info["num_classes"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), found.parameters()))
+    with pytest.raises(FinetuneError, match="does not fit|no last layer"):
+        load_backbone("resnet18", tmp_path / "x.pth")
+
+
+def test_edits_of_other_nets(tmp_path):
+    """A head on chosen columns, and another activation, for nets that are no ResNets."""
+    x = torch.rand(2, 3, 32, 32)
+    for name in ("convnext_tiny", "mobilenet_v3_small"):
+        net = build(name, 4)
+        block = anatomy(net).blocks[1]
+        edit = {"edit": "select_columns", "taps": [[block, "mean", 6]], "num_classes": 4}
+        joined = apply_edit(net, edit).eval()
+        parts = checked(joined)
+        assert parts.head == "fc" and parts.blocks[0].startswith("net.")
+        again = load_model(save_model(joined, tmp_path / "m.safetensors"))
+        with torch.no_grad():
+            assert torch.equal(joined(x), again(x))
+    changed = replace_activation(build("convnext_tiny", 4), "relu").eval()
+    again = load_model(save_model(changed, tmp_path / "m.safetensors"))
+    assert torch.equal(changed(x), again(x))
+    with pytest.raises(FinetuneError, match="relu as a function"):
+        replace_activation(build("densenet121", 4), "gelu")
+
+
+def test_modes_come_back_module_by_module():
+    net = build("resnet20", 3).train()
+    net.bn1.eval()
+    before = [module.training for module in net.modules()]
+    count_cost(net)
+    assert [module.training for module in net.modules()] == before
+    vit = small_net("vit_b_32")
+    assert count_cost(vit, 224)["macs"] > 4.3e9, "attention is counted, too: 4.41 billion"
+
+
+def test_a_backbone_of_ones_own(tmp_path):
+    @backbone("test_mine", head="mouth.2", groups=["eyes", "brain"], size=16)
+    def made(classes):
+        return set_head(adopt(mine(), head="mouth.2"), classes)
+
+    net = load_backbone("test_mine", None, 6).eval()
+    again = load_model(save_model(net, tmp_path / "m.safetensors"))
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(net(x), again(x)) and list(anatomy(again).groups)[:2] == ["eyes", "brain"]
+    del BACKBONES["test_mine"]
+    with pytest.raises(FinetuneError, match="registered with @backbone"):
+        load_model(tmp_path / "m.safetensors")
+    with pytest.raises(FinetuneError, match="take another"):
+        backbone("resnet18")
