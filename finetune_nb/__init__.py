@@ -10,7 +10,15 @@ __all__ = []
 _HOMES = {
     "environment": ("FinetuneError", "doctor", "versions"),
     "data": ("Images", "from_arrays", "load_images", "three_way"),
-    "models": ("load_resnet", "load_model", "save_model", "count_cost", "replace_activation"),
+    "models": (
+        "anatomy",
+        "count_cost",
+        "load_backbone",
+        "load_model",
+        "load_resnet",
+        "replace_activation",
+        "save_model",
+    ),
     "features": (
         "Features",
         "Selection",
@@ -19,7 +27,15 @@ _HOMES = {
         "select_features",
         "selected_model",
     ),
-    "evaluation": ("Evaluation", "Ledger", "evaluate", "interval", "paired", "predict"),
+    "evaluation": (
+        "Evaluation",
+        "Ledger",
+        "evaluate",
+        "holm",
+        "interval",
+        "paired",
+        "predict",
+    ),
     "training": ("Recipe", "Run", "fit", "recalibrate"),
     "weight_tuning": ("LRFinder", "blend", "find_lr", "greedy_soup"),
     "preprocessing": ("Audit", "audit", "label_issues", "label_quality", "out_of_fold", "review"),

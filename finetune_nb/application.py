@@ -20,7 +20,8 @@ from .evaluation.prediction import predict
 from .evaluation.scoring import evaluate
 from .data.index import Images, from_arrays
 from .models.anatomy import anatomy, head_of, set_head
-from .models.loading import count_cost, load_resnet, to_input
+from .models.cost import count_cost
+from .models.loading import load_backbone, load_resnet, to_input
 from .report import write_card, write_report
 from .training.run import Recipe, fit
 
@@ -50,7 +51,7 @@ class ResNet(nn.Module):
 
     def __init__(self, pretrained=None, arch="resnet20", num_classes=None):
         super().__init__()
-        self.net = load_resnet(arch, pretrained, num_classes)
+        self.net = load_backbone(arch, pretrained, num_classes)
 
     @property
     def info(self):
@@ -124,9 +125,9 @@ class FineTuner(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        arch="resnet20",  # any that `load_resnet` knows
+        arch="efficientnet_lite0",  # any backbone that `load_backbone` knows
         strategy="full",  # what moves: "full", "head", "lora" … (lesson 10)
-        weights="shipped",  # the start: "shipped", "imagenet", None or a file
+        weights="default",  # the start: "default", "shipped", "imagenet", None or a file
         epochs=10,
         batch_size=32,
         lr=0.02,  # the highest rate
@@ -172,7 +173,7 @@ class FineTuner(ClassifierMixin, BaseEstimator):
             self.classes_, codes = np.unique(y, return_inverse=True)
         images = as_images(X, codes)
         torch.manual_seed(self.seed)
-        self.model_ = load_resnet(self.arch, self.weights, len(self.classes_), self.batchnorm)
+        self.model_ = load_backbone(self.arch, self.weights, len(self.classes_), self.batchnorm)
         if self.size:
             self.model_.info["size"] = self.size
         self.run_ = fit(
@@ -257,8 +258,8 @@ def _ledger_table(ledger):
 def fine_tune(
     data,  # anything that `load_images` takes
     folder,  # gets the run, the evaluation, the ledger, report.html and card.md
-    arch: str = "resnet20",  # any that `load_resnet` knows
-    weights="shipped",  # the start: "shipped", "imagenet", None or a file
+    arch: str = "efficientnet_lite0",  # any backbone that `load_backbone` knows
+    weights="default",  # the start: "default", "shipped", "imagenet", None or a file
     recipe=None,  # a Recipe; None or a dict: `default_recipe` with these fields changed
     root=None,  # where named sets lie
     limit: int = None,  # at most so many images in all
@@ -275,7 +276,7 @@ def fine_tune(
     images = load_images(data, root=root, limit=limit, seed=seed)
     train, valid, test = images.three_way(seed)
     torch.manual_seed(seed)
-    model = load_resnet(arch, weights, len(images.classes), batchnorm)
+    model = load_backbone(arch, weights, len(images.classes), batchnorm)
     if not isinstance(recipe, Recipe):
         base = default_recipe(model, len(train), data in ("digits", "glyphs"))
         recipe = base.replace(**{"seed": seed, **(recipe or {})})

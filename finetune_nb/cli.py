@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Fine-tune vision models: one verb a stage.",
 )
 
@@ -34,8 +35,8 @@ def _folder(place, words="where the run is kept"):
 
 
 _SOURCE = "images: photos, digits, a folder of classes, a .tar, Parquet files, a named set"
-_WEIGHTS = "the start: shipped | imagenet | none | a checkpoint's path"
-_ARCH = "resnet20 … resnet110, or a ResNet of torchvision such as resnet18"
+_WEIGHTS = "the start: default | shipped | imagenet | none | a checkpoint's path"
+_ARCH = "efficientnet_lite0, resnet20, any classifier of torchvision, or timm/NAME"
 _DATA = _option(..., _SOURCE)
 _LIMIT = _option(None, "at most so many images in all, drawn from each class by its share")
 _SEED = _option(0, "of splits, order, augmentation and new weights")
@@ -83,8 +84,8 @@ def _pretrain(
 def _train(
     data: str = _DATA,
     folder: Path = _folder("runs/latest"),
-    arch: str = _option("resnet20", _ARCH),
-    weights: str = _option("shipped", _WEIGHTS),
+    arch: str = _option("efficientnet_lite0", _ARCH),
+    weights: str = _option("default", _WEIGHTS),
     strategy: Optional[str] = _option(None, "what moves: full, head, lora … (lesson 10)"),
     epochs: Optional[int] = _option(None, "times through the training images"),
     batch_size: Optional[int] = _option(None, "images in a step"),
@@ -171,10 +172,10 @@ def _extract(data, folder, arch, weights, size, limit):
     "Images, and the features of all blocks, kept in a folder."
     from finetune_nb.data.loading import load_images
     from finetune_nb.features.extraction import extract_features
-    from finetune_nb.models import load_resnet
+    from finetune_nb.models import load_backbone
 
     images = load_images(data, limit=limit)
-    model = load_resnet(arch, _start(weights))
+    model = load_backbone(arch, _start(weights))
     return images, extract_features(
         model, images, folder=folder, size=size, progress=sys.stderr.isatty()
     )
@@ -184,8 +185,8 @@ def _extract(data, folder, arch, weights, size, limit):
 def _features(
     data: str = _DATA,
     folder: Path = _option(..., "where the table goes", "--folder", "-o"),
-    arch: str = _option("resnet20", _ARCH),
-    weights: str = _option("shipped", _WEIGHTS),
+    arch: str = _option("efficientnet_lite0", _ARCH),
+    weights: str = _option("default", _WEIGHTS),
     size: Optional[int] = _SIZE,
     limit: Optional[int] = _LIMIT,
 ):
@@ -200,7 +201,7 @@ def _audit(
     arch: Optional[str] = _option(
         None, "judge labels and twins by this net's features; without it by small thumbnails"
     ),
-    weights: str = _option("shipped", _WEIGHTS),
+    weights: str = _option("default", _WEIGHTS),
     size: Optional[int] = _SIZE,
     limit: Optional[int] = _LIMIT,
 ):

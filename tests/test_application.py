@@ -27,6 +27,7 @@ from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError, shipped_file
 from finetune_nb.evaluation import Evaluation, evaluate
 from finetune_nb.models import adopt, load_model, load_resnet, to_input
+from finetune_nb import showcase
 from finetune_nb.showcase import demo, pretrain
 from finetune_nb.training import Recipe, Run
 
@@ -263,29 +264,24 @@ def test_demo_in_full(tmp_path):
 
 
 def test_demo_short(tmp_path, monkeypatch):
-    """The demo as it is, with fewer epochs: one table of three rows, a report, a model and a card."""
-    from finetune_nb import showcase as shipped
-
-    monkeypatch.setattr(
-        shipped,
-        "PLAN",
-        [(name, k, 1, batch, strategy) for name, k, _, batch, strategy in shipped.PLAN],
-    )
+    """The demo as it is, for one epoch: a table, comparisons without an order inside the noise, a
+    report with photographs, a model and a card."""
+    monkeypatch.setattr(showcase, "PLAN", [("5 labels a class", 5, 1, 25)])
     said = []
     report = demo(tmp_path, progress=False, echo=said.append)
-    assert (
-        len(said) == 5
-        and said[1].startswith("labels")
-        and all(
-            re.search(r"0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\].*0\.\d{3} \[", line) for line in said[2:]
-        )
-    )
-    assert (
-        report.name == "report.html"
-        and (tmp_path / "model.safetensors").is_file()
-        and (tmp_path / "card.md").is_file()
-    )
-    assert "few and many labels" in report.read_text()
+    assert "held-out photographs of 20 classes" in said[0] and "one seed" in said[3]
+    assert said[1].split() == ["labels", "images", "steps", "from", "scratch", "head", "everything"]
+    figures = re.findall(r"(0\.\d{3}) \[(0\.\d{3}), (0\.\d{3})\]", said[2])
+    assert len(figures) == 3 and " 100 " in said[2] and " 4 " in said[2]
+    assert float(figures[1][0]) > float(figures[0][2])  # the head on ImageNet's features
+    for line in said[4:]:
+        low, high = map(float, re.search(r"\[([+-].*), ([+-].*)\]", line).groups())
+        assert ("no difference shown" in line) == (low <= 0 <= high)
+    assert len(said) == 7
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"report.html", "model.safetensors", "card.md"} <= left
+    page = report.read_text()
+    assert "Compared on the same test pictures" in page and page.count("data:image/png") >= 3
 
 
 def cli(*arguments, cwd=None):

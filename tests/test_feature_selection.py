@@ -278,7 +278,7 @@ def test_joined_model_can_be_fine_tuned_and_resumed(tmp_path, monkeypatch):
     )
     assert all(
         (kept[name] != before[name]).any()
-        for name in ("conv1.weight", "layer3.2.conv2.weight", "fc.weight")
+        for name in ("net.conv1.weight", "net.layer3.2.conv2.weight", "fc.weight")
     )
 
 

@@ -23,7 +23,6 @@ config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 DEBTS = {  # lessons that are still too long; none is added
     "05_preprocessing",
-    "06_transfer_learning",
     "07_features",
     "08_feature_selection",
     "09_training",

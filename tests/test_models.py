@@ -45,12 +45,15 @@ def test_published_sizes(arch, parameters, macs):
 
 
 def test_architectures_cover_torchvision():
-    names = architectures()
-    assert {"resnet18", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(
-        names
-    ) and not any("swin" in n or "quant" in n for n in names)
-    with pytest.raises(FinetuneError, match="choose from resnet20"):
+    import torchvision.models
+
+    assert set(torchvision.models.list_models(torchvision.models)) <= set(architectures())
+    assert {"resnet20", "efficientnet_lite0"} <= set(architectures())
+    assert not any("quant" in name for name in architectures())
+    with pytest.raises(FinetuneError, match="near: .*resnet20.*choose from resnet20"):
         build("resnet21", 10)
+    with pytest.raises(FinetuneError, match="use load_backbone"):
+        load_resnet("swin_t", None)
 
 
 def wrap(state, shape):
@@ -184,15 +187,12 @@ def test_imagenet_weights_from_a_loopback_server(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
 
-    class Weights:
-        class DEFAULT:
-            @staticmethod
-            def get_state_dict(**options):
-                return torch.hub.load_state_dict_from_url(
-                    f"http://127.0.0.1:{server.server_port}/resnet18-{digest}.pth", **options
-                )
+    def fetched(entry, **options):
+        return torch.hub.load_state_dict_from_url(
+            f"http://127.0.0.1:{server.server_port}/resnet18-{digest}.pth", **options
+        )
 
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: Weights)
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetched)
     try:
         found = load_resnet("resnet18", "imagenet", num_classes=4)
     finally:
@@ -261,7 +261,7 @@ def test_train_mode_follows_the_policy():
 
 def test_third_party_architecture_is_ours():
     """Option A by hand: subsample, pad half the new channels before and half after."""
-    from finetune_nb.models import _Block
+    from finetune_nb.models.networks import _Block
 
     block = _Block(4, 8, 2).eval()
     nn.init.zeros_(block.bn2.weight)

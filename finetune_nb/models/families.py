@@ -22,8 +22,8 @@ class Family:
     groups: tuple  # rows (pattern at the start of a parameter's name, name of the group)
     blocks: str  # pattern for "full name:Class"
     halves: str = ""  # a Sequential in which a group begins wherever the picture gets smaller
-    channels_last: bool = False
-    prefix: int = 0
+    channels_last: bool = False  # feature maps are [B, H, W, C]
+    prefix: int = 0  # tokens before the patches, such as a class token
 
 
 _FOUR = (
@@ -38,7 +38,9 @@ _DENSE = ((r"classifier\.1", "classifier.1"), (r"classifier\.4", "classifier.4")
 _POOLS = r"features\.\d+:MaxPool2d|"
 FAMILIES = {
     "networks.CifarResNet": Family("fc", _RESNET, r".*:_Block"),
-    "loading.CifarResNet": Family("fc", _RESNET, r".*:_Block"),
+    "networks.EfficientNetLite0": Family(
+        "classifier", (("stem", "stem"), (r"(stage\d|top)", r"\1")), r".*:_LiteBlock|top:.*"
+    ),
     "edits.SelectedNet": Family("fc", _RESNET, r".*:(_Block|BasicBlock|Bottleneck)"),
     "resnet.ResNet": Family("fc", _RESNET, r".*:(BasicBlock|Bottleneck)"),
     "convnext.ConvNeXt": Family("classifier.2", _FOUR, r".*:CNBlock"),
@@ -126,6 +128,8 @@ def family_of(model):
     "The row of the net's class, or of one that it is derived from; None where there is none."
     for kind in type(model).__mro__:
         module = kind.__module__
+        if module == "__main__":  # the page on which the project's own nets are written
+            module = "finetune_nb.models.networks"
         if module.startswith(("torchvision.models.", "finetune_nb.models.")):
             found = FAMILIES.get(f"{module.split('.')[-1]}.{kind.__name__}")
             if found is not None:
@@ -172,7 +176,7 @@ def _sorted_by(rows, names, head):
 
 
 def told_by_family(model, family, head=None):
-    "Head, groups, blocks and layout of a net in the table."
+    "Head, groups and blocks of a net in the table."
     head = head or family.head
     names = [name for name, _ in model.named_parameters()]
     rows = family.groups
@@ -201,7 +205,7 @@ def _matched(matcher, name):
 
 
 def told_by_timm(model, head=None):
-    "Head, groups, blocks and layout of a timm net, from its metadata."
+    "Head, groups and blocks of a timm net, from its metadata."
     config = getattr(model, "pretrained_cfg", None) or model.default_cfg
     head = head or config.get("classifier") or ""
     if not isinstance(head, str):
