@@ -58,7 +58,8 @@ def pick_device(
 
 # %% ../nbs/03_environment.ipynb #696f52b0
 def cache_folder() -> Path:
-    "Where indexes, downloads and rendered data are kept: `FINETUNE_NB_CACHE`, else the user's cache folder."
+    """Where indexes, downloads and rendered data are kept: `FINETUNE_NB_CACHE`, else the user's
+    cache folder."""
     given = os.environ.get("FINETUNE_NB_CACHE")
     base = (
         Path(given)
@@ -93,9 +94,9 @@ def write_atomic(
     path,  # where the file shall lie in the end
     write,  # bytes, str, or a function that takes a temporary path and writes the file there
 ) -> Path:
-    """Write a file whole or not at all: to a temporary name beside it, flushed to disk, then renamed.
-    Whatever interrupts it, also Ctrl-C, leaves the old file and no temporary one. Raises
-    `FinetuneError` where the disk is full or the folder cannot be written."""
+    """Write a file whole or not at all: to a temporary name beside it, flushed to disk, then
+    renamed. Whatever interrupts it, also Ctrl-C, leaves the old file and no temporary one.
+    Raises `FinetuneError` where the disk is full or the folder cannot be written."""
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,8 @@ def write_atomic(
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise FinetuneError(
             f"{path} could not be written ({error}; {free / 1e6:.0f} MB free there): make room or "
-            "choose another folder, then run the same command again; what was there before is unchanged"
+            "choose another folder, then run the same command again; what was there before is "
+            "unchanged"
         ) from error
     return path
 
@@ -138,7 +140,8 @@ def sha256_file(
 def fingerprint(
     *parts,  # bytes, arrays, strings, or anything that JSON can say
 ) -> str:
-    "A short hash (16 hexadecimal digits) that tells two inputs apart; equal inputs have equal fingerprints."
+    """A short hash (16 hexadecimal digits) that tells two inputs apart; equal inputs have equal
+    fingerprints."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -151,7 +154,7 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../nbs/03_environment.ipynb #54c19fa3
-DOMAINS = {  # purpose → what its numbers decide; a new purpose is a new entry, made before its first use
+DOMAINS = {  # purpose → what its numbers decide; a new purpose is a new entry
     "split": "which images become train, valid and test where a source names none",
     "validation": "which part of train is cut off to choose by",
     "part": "which rows `Images.divide` takes",
@@ -184,8 +187,8 @@ def _domain(name):
 def mix64(
     x: np.ndarray,  # uint64 [...]
 ) -> np.ndarray:  # uint64 [...]
-    """Scramble 64-bit integers, each to another one: SplitMix64's finalizer (Steele, Lea and Flood,
-    2014)."""
+    """Scramble 64-bit integers, each to another one: SplitMix64's finalizer (Steele, Lea and
+    Flood, 2014)."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -211,8 +214,8 @@ def keyed_uniform(
     k: int,  # how many numbers each sample needs
     step: int = 0,  # the epoch, or whatever the purpose counts
 ) -> np.ndarray:  # float64 [B, k] in [0, 1)
-    """Random numbers as a pure function of (seed, domain, step, sample, column): no state, so nothing
-    to lose at a restart. Raises `FinetuneError` for a domain that is not registered."""
+    """Random numbers as a pure function of (seed, domain, step, sample, column): no state, so
+    nothing to lose at a restart. Raises `FinetuneError` for a domain that is not registered."""
     key = mix64(np.uint64(keyed_seed(seed, domain, step)))
     samples = np.asarray(samples).astype(np.uint64)
     columns = mix64(np.arange(k, dtype=np.uint64) + np.uint64(1) << np.uint64(20))
@@ -221,8 +224,8 @@ def keyed_uniform(
 
 # %% ../nbs/03_environment.ipynb #ee4fe712
 def doctor() -> list:  # (check, result, what to do) rows; the third is empty where all is well
-    """What this machine has, and what would stop a run: versions, device, threads, memory, disk, data,
-    shipped checkpoint."""
+    """What this machine has, and what would stop a run: versions, device, threads, memory, disk,
+    data, shipped checkpoint."""
     rows = [
         (name, found or "not installed", "" if found else f"pip install {name}")
         for name, found in versions().items()

@@ -83,8 +83,8 @@ def test_all_sources_give_the_same_images(photos, tmp_path):
     for other in (tar, parquet, packed, shards):
         found = pixels_of(other)
         assert other.classes == folder.classes
-        assert {k: folder.classes[l] for k, l in zip(folder.column("key"), folder.labels)} == {
-            k: other.classes[l] for k, l in zip(other.column("key"), other.labels)
+        assert {k: folder.classes[c] for k, c in zip(folder.column("key"), folder.labels)} == {
+            k: other.classes[c] for k, c in zip(other.column("key"), other.labels)
         }
         assert found.keys() == truth.keys()
         assert all(np.array_equal(found[key], truth[key]) for key in truth)
@@ -385,7 +385,8 @@ from finetune_nb.data.batches import epoch_order
 from finetune_nb.data.index import Images
 from finetune_nb.data.reading import open_index
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-images = Images(open_index(sys.argv[1])).split("train") if sys.argv[2] == "split" else Images(open_index(sys.argv[1]))
+images = Images(open_index(sys.argv[1]))
+images = images.split("train") if sys.argv[2] == "split" else images
 for position in range(0, len(images), max(1, len(images)//500)):
     places = epoch_order(len(images), 0, 0, np.arange(position, min(position + 64, len(images))))
     images.labels_at(places)
@@ -394,7 +395,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_stays_flat_when_the_table_grows_tenfold(tmp_path):
-    """Pages of the mapped file that are touched count as resident; what must not grow is what the process itself keeps."""
+    """Pages of the mapped file that are touched count as resident; what must not grow is what
+    the process itself keeps."""
     grown = []
     for n in (200_000, 2_000_000):
         path = tmp_path / f"{n}.arrow"
@@ -482,7 +484,8 @@ def test_real_tar_and_folder():
 
 
 def test_download_code_against_a_loopback_server(tmp_path, monkeypatch):
-    """torchvision's own download and extraction, with the address turned to this machine and the checksums of what it serves."""
+    """torchvision's own download and extraction, with the address turned to this machine and the
+    checksums of what it serves."""
     import functools
     import hashlib
     import http.server
@@ -584,7 +587,8 @@ def test_a_table_in_chunks_is_read_whole(tmp_path):
 
 
 def test_keys_that_do_not_fit_one_chunk_become_one(monkeypatch):
-    """What 2 GiB of keys do: a column that stays in chunks. Here combining is stopped short of it."""
+    """What 2 GiB of keys do: a column that stays in chunks. Here combining is stopped short of
+    it."""
     from finetune_nb.data import reading
 
     class Stubborn:

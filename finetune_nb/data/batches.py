@@ -21,12 +21,13 @@ from ..environment import FinetuneError, keyed_seed, keyed_uniform, mix64, pick_
 from .decoding import INTERPOLATIONS, BadImage, decode_rgb, fit_square
 
 # %% ../../nbs/reference/batches.ipynb #f044f776
-_SORTED = 4096  # up to so many samples the order is sorted out; above, it is computed position by position
+_SORTED = 65_536  # up to so many samples the order is sorted out; above, it is computed
 
 
 @functools.lru_cache(maxsize=4)
 def _sorted_order(n, seed, epoch):
-    "The order of a small set, int64 [n]: sorted by one random number a sample, so without any skew."
+    """The order of a small set, int64 [n]: sorted by one random number a sample, so without any
+    skew."""
     draw = keyed_uniform(seed, "order", np.arange(n), 1, step=epoch)[:, 0]
     order = np.argsort(draw, kind="stable")
     order.flags.writeable = False
@@ -39,8 +40,8 @@ def epoch_order(
     epoch: int,  # counted from 0
     positions,  # int [P] in 0 … n−1
 ) -> np.ndarray:  # int64 [P], the samples at these positions
-    """The sample at each position of an epoch: a permutation drawn by (seed, epoch), computed where it
-    is asked for, in memory that does not grow with n."""
+    """The sample at each position of an epoch: a permutation drawn by (seed, epoch), computed
+    where it is asked for, in memory that does not grow with n."""
     positions = np.asarray(positions)
     if n <= _SORTED:
         return _sorted_order(n, int(seed), int(epoch))[positions]
@@ -60,8 +61,8 @@ def epoch_order(
 # %% ../../nbs/reference/batches.ipynb #5a0c9fad
 @dataclass
 class Batch:
-    """What a loader yields: pixels uint8 [B, 3, S, S] in channels-last layout, labels int64 [B], rows int64 [B] of the
-    index, and the next position."""
+    """What a loader yields: pixels uint8 [B, 3, S, S] in channels-last layout, labels int64 [B],
+    rows int64 [B] of the index, and the next position."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -72,13 +73,14 @@ class Batch:
 class Loader:
     """Batches of an `Images`; `len()` is the number of batches that are left from `start`.
 
-    A batch holds the images of its positions that can be decoded, so it may be smaller than `batch_size`
-    and even empty; whoever needs two or more (BatchNorm in training) skips or joins what is smaller.
-    A shuffled epoch never *begins* with a last batch of one: that sample joins the batch before."""
+    A batch holds the images of its positions that can be decoded, so it may be smaller than
+    `batch_size` and even empty; whoever needs two or more (BatchNorm in training) skips or joins
+    what is smaller. A shuffled epoch never *begins* with a last batch of one: that sample joins
+    the batch before."""
 
     def __init__(
         self,
-        images,  # with `rows`, `labels`, `lengths_at(places)`, `read(row)`, `pixel_cache(size, crop_ratio)`
+        images,  # with `rows_at`, `labels_at`, `lengths_at`, `read(row)`, `pixel_cache(…)`
         batch_size: int = 64,  # of the global batch, over all ranks
         size: int = 32,  # side of the squares in pixels
         crop_ratio: float = 1.0,  # see `sources.fit_square`
@@ -128,7 +130,8 @@ class Loader:
         if not self.decode_crop:
             self.cache = images.pixel_cache(size, crop_ratio, interpolation=interpolation)
         n, edges = len(images), list(range(0, len(images), batch_size)) + [len(images)]
-        # A last batch of one sample would leave BatchNorm nothing to normalise with: it joins the batch before.
+        # A last batch of one sample would leave BatchNorm nothing to normalise with: it joins the
+        # batch before.
         if n > 1 and n - edges[-2] == 1 and len(edges) > 2 and shuffle:
             edges.pop(-2)
         if start not in edges:
@@ -173,9 +176,11 @@ class Loader:
     def _threads(self):
         "How many threads help: at most `workers`."
         if self.cache is not None and self.cache.filled.all():
-            # Only augmentation is left. On a CPU the cores that would do it ahead are those that train.
+            # Only augmentation is left. On a CPU the cores that would do it ahead are those that
+            # train.
             return 0 if pick_device().type == "cpu" else self.workers
-        # Two threads spend more time in handing each other the interpreter than in decoding small images.
+        # Two threads spend more time in handing each other the interpreter than in decoding small
+        # images.
         lengths = self.images.lengths_at(np.arange(min(64, len(self.images))))
         return min(1, self.workers) if 0 < lengths.mean() < 8192 else self.workers
 
@@ -197,7 +202,8 @@ class Loader:
         return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, rows, last)
 
     def _pixels(self, rows, u):
-        "uint8 [B, S, S, 3] and which rows are good; what is decoded is kept in the cache, if there is one."
+        """uint8 [B, S, S, 3] and which rows are good; what is decoded is kept in the cache, if
+        there is one."""
         good = np.ones(len(rows), bool)
         if self.cache is not None and self.cache.filled[rows].all():
             return self.cache.pixels[rows], good
@@ -227,7 +233,8 @@ class Loader:
 
 
 class PixelCache:
-    "Decoded squares uint8 [N, S, S, 3] with a mark for each row that is there; rows fill as they are first used."
+    """Decoded squares uint8 [N, S, S, 3] with a mark for each row that is there; rows fill as
+    they are first used."""
 
     def __init__(self, n, size, pixels=None):  # `pixels` where they all lie in memory already
         self.pixels = np.zeros((n, size, size, 3), np.uint8) if pixels is None else pixels

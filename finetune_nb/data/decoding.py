@@ -30,7 +30,8 @@ class BadImage(Exception):
 
 # %% ../../nbs/reference/decoding.ipynb #9fbde57c
 def _plain_jpeg(data):
-    "(width, height) of a JPEG of one or three components without Exif or XMP, which could turn it; None for all else."
+    """(width, height) of a JPEG of one or three components without Exif or XMP, which could turn
+    it; None for all else."""
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -61,13 +62,14 @@ def _decode_jpeg():
 
 def decode_rgb(
     data: bytes,  # an encoded image, or a .npy array of uint8 [H, W, 3]
-    shrink_to: int = 0,  # if not 0, a JPEG may be decoded at a smaller scale whose short side is at least this
+    shrink_to: int = 0,  # if not 0, a JPEG may be decoded smaller, its short side at least this
 ) -> np.ndarray:  # uint8 [H, W, 3], upright
     "Decode one image to RGB. Raises `BadImage` with the reason."
     if data[:6] == b"\x93NUMPY":
         return raw_pixels(data)
     size = _plain_jpeg(data)
-    # torchvision decodes to the same pixels as Pillow, and faster; what it refuses, Pillow is asked about.
+    # torchvision decodes to the same pixels as Pillow, and faster; what it refuses, Pillow is
+    # asked about.
     if (
         size
         and 0 < size[0] * size[1] <= MAX_PIXELS
@@ -129,7 +131,8 @@ def npy_bytes(pixels) -> bytes:
 
 @functools.lru_cache(64)
 def _npy_header(header):
-    "Shape and type that a .npy header names; headers repeat, and to parse one takes longer than to read a small image."
+    """Shape and type that a .npy header names; headers repeat, and to parse one takes longer
+    than to read a small image."""
     buffer = io.BytesIO(header)
     version = np.lib.format.read_magic(buffer)
     return (
@@ -153,7 +156,8 @@ def raw_pixels(data):
         raise BadImage(f"a .npy image must be uint8 [H, W, 3] in C order, not {dtype} {shape}")
     if len(data) - end != math.prod(shape):
         raise BadImage(
-            f"a .npy image of shape {shape} needs {math.prod(shape)} bytes, there are {len(data) - end}"
+            f"a .npy image of shape {shape} needs {math.prod(shape)} bytes, there are "
+            f"{len(data) - end}"
         )
     return np.frombuffer(data, np.uint8, offset=end).reshape(shape)
 
@@ -176,7 +180,8 @@ def fit_square(
     "Scale and crop to a square, with antialiasing."
     if interpolation not in INTERPOLATIONS:
         raise FinetuneError(
-            f"interpolation={interpolation!r} does not exist: choose from {', '.join(INTERPOLATIONS)}"
+            f"interpolation={interpolation!r} does not exist: choose from "
+            f"{', '.join(INTERPOLATIONS)}"
         )
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]

@@ -78,7 +78,8 @@ def fonts_for(
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = []
     for name in _FONTS:
-        # Computer Modern's own encoding holds other shapes at the places of letters in its maths fonts.
+        # Computer Modern's own encoding holds other shapes at the places of letters in its maths
+        # fonts.
         if name in ("cmmi10", "cmsy10") and not character.isascii():
             continue
         if name == "cmsy10" or (name == "cmmi10" and character.isdigit()):
@@ -137,7 +138,8 @@ def _smooth_field(rng, side, cells):
 
 
 def _warp(rng, mask, tight, size):
-    "Perspective, scale, rotation and elastic displacement in one bilinear resampling: [64, 64] → [size, size]."
+    """Perspective, scale, rotation and elastic displacement in one bilinear resampling: [64, 64]
+    → [size, size]."""
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     y, x = np.meshgrid(grid, grid, indexing="ij")
     angle, shear = rng.normal(0, 0.16), rng.normal(0, 0.15)
@@ -189,7 +191,8 @@ def render_glyph(
     size: int = 32,  # side in pixels
     hard: bool = False,  # drawn as an outlier: overlaid shapes, no character
 ) -> tuple:  # (uint8 [size, size, 3], label)
-    "One image and its label (the place of its character in `CLASSES`), a pure function of the arguments."
+    """One image and its label (the place of its character in `CLASSES`), a pure function of the
+    arguments."""
     rng = np.random.Generator(np.random.SFC64([seed, number]))
     # Every seventh image is a digit by choice: what is read most is drawn most.
     label = int(rng.integers(10 if rng.random() < 1 / 7 else len(CLASSES)))
@@ -227,7 +230,8 @@ def render_glyph(
 
 
 def render_range(job):
-    "Rows first … last of a data set: `(seed, first, last, size)` → (uint8 [n, size, size, 3], int32 [n])."
+    """Rows first … last of a data set: `(seed, first, last, size)` → (uint8 [n, size, size, 3],
+    int32 [n])."""
     seed, first, last, size = job
     drawn = [render_glyph(seed, number, size) for number in range(first, last)]
     return np.stack([image for image, _ in drawn]), np.array(
@@ -244,8 +248,13 @@ def render_many(
     cores = os.cpu_count() or 1
     if n < 2000 or cores == 1:
         return render_range((seed, 0, n, size))
-    # Plain processes, not a pool: a pool would import the caller's main script anew, and run it where it has no guard.
-    program = "import sys, numpy; from finetune_nb.data.glyphs import render_range; *job, out = sys.argv[1:]; x, y = render_range(tuple(map(int, job))); numpy.savez(out, x=x, y=y)"
+    # Plain processes, not a pool: a pool would import the caller's main script anew, and run it
+    # where it has no guard.
+    program = (
+        "import sys, numpy; from finetune_nb.data.glyphs import render_range; "
+        "*job, out = sys.argv[1:]; x, y = render_range(tuple(map(int, job))); "
+        "numpy.savez(out, x=x, y=y)"
+    )
     edges = np.linspace(0, n, cores + 1).astype(int)
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
@@ -265,7 +274,8 @@ def render_many(
         ]
         if any(job.wait() for job in jobs):
             raise FinetuneError(
-                "a process that draws glyphs ended early: see its message above; often the memory or disk was full"
+                "a process that draws glyphs ended early: see its message above; often the "
+                "memory or disk was full"
             )
         parts = [np.load(f"{folder}/{first}.npz", allow_pickle=False) for first in edges[:-1]]
         return np.concatenate([part["x"] for part in parts]), np.concatenate(
@@ -282,7 +292,8 @@ def plant_defects(
     defects: dict,  # share of the rows for each of `DEFECTS`, as {"label": .1, "noise": .05}
     seed: int = 0,  # of the choice of rows
 ) -> tuple:  # (labels as given int32 [N], kind of defect per row str [N], "" where sound)
-    "Spoil disjoint sets of rows and return the labels as they would be given, with the truth about each row."
+    """Spoil disjoint sets of rows and return the labels as they would be given, with the truth
+    about each row."""
     unknown = set(defects) - set(DEFECTS)
     if unknown:
         raise FinetuneError(f"defects knows {', '.join(DEFECTS)}; not {', '.join(sorted(unknown))}")
@@ -304,12 +315,8 @@ def plant_defects(
                 pixels[row] = render_glyph(seed + 1, int(row), pixels.shape[1], hard=True)[0]
             elif kind == "duplicate":
                 twin = int(rng.choice(sound))
-                pixels[row] = np.clip(
-                    np.roll(pixels[twin], rng.integers(-1, 2, 2), (0, 1))
-                    + rng.normal(0, 3, pixels[row].shape),
-                    0,
-                    255,
-                )
+                moved = np.roll(pixels[twin], rng.integers(-1, 2, 2), (0, 1))
+                pixels[row] = np.clip(moved + rng.normal(0, 3, moved.shape), 0, 255)
                 given[row] = labels[row] = labels[twin]
     return given, kinds
 
@@ -320,7 +327,7 @@ def glyph_images(
     defects: dict = None,  # shares of planted defects, see `plant_defects`
 ) -> Images:  # with a stratified split
     "The set `glyphs`, from the cache folder or drawn now."
-    look = render_range((seed, 0, 4, 32))[0]  # another version of the renderer draws others
+    look = render_range((seed, 0, 4, 32))[0]  # another renderer draws others
     stem = cache_folder() / "glyphs" / fingerprint(n, seed, "".join(CLASSES), look)
     try:
         pixels, labels = np.load(f"{stem}.npy", mmap_mode="r"), np.load(f"{stem}.labels.npy")
@@ -335,6 +342,6 @@ def glyph_images(
     pixels, truth = np.array(pixels), labels.copy()
     given, kinds = plant_defects(pixels, truth, defects, seed)
     images = with_splits(from_arrays(pixels, given, CLASSES), seed)
-    kinds = pa.array(kinds).dictionary_encode()
     table = images.table.append_column("true_label", pa.array(truth))
-    return images.with_table(table.append_column("true_defect", kinds))
+    table = table.append_column("true_defect", pa.array(kinds).dictionary_encode())
+    return images.with_table(table)

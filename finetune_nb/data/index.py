@@ -23,8 +23,8 @@ from .reading import ByteReader, content_hashes, whole_table
 
 # %% ../../nbs/reference/image_index.ipynb #42eab4fd
 class Images:
-    """An index of images and a selection of its rows. The bytes stay where they lie; `images[i]` reads one
-    as (PIL image, label). Can be pickled and copied: a copy opens its files anew."""
+    """An index of images and a selection of its rows. The bytes stay where they lie; `images[i]`
+    reads one as (PIL image, label). Can be pickled and copied: a copy opens its files anew."""
 
     def __init__(self, table, rows=None, memory=None, shared=None):
         self.table, self.memory = whole_table(table), memory
@@ -211,13 +211,14 @@ class Images:
             raise FinetuneError(f"limit={limit} must be 1 or more")
         splits = np.unique(self.column("split").astype(str), return_inverse=True)[1]
         order, rank, size = self._ranked(seed, "limit", splits)
-        # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same share of
+        # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same share
+        # of
         # each group.
         place = (rank + keyed_uniform(seed, "limit", order, 1, step=1)[:, 0]) / size
         return self.select(np.sort(order[np.argsort(place, kind="stable")[:limit]]))
 
     def _ranked(self, seed, domain, splits=0, step=0):
-        "Places in random order within each class (and split), the rank there, and how many there are."
+        "Places in random order within each class (and split), the rank there, and the number."
         draw = keyed_uniform(seed, domain, self.rows_at(np.arange(len(self))), 1, step)[:, 0]
         group = self.labels.astype(np.int64) + 1 + splits * (len(self.classes) + 2)
         order = np.lexsort((draw, group))
@@ -291,7 +292,7 @@ def from_arrays(
     classes=None,  # names; default: the numbers
     splits=None,  # str [N]
 ) -> Images:
-    "Images that lie in memory already. Raises `FinetuneError` where shapes, types or labels do not fit."
+    "Images that lie in memory already. Raises `FinetuneError` where they do not fit together."
     pixels, labels = np.asarray(pixels), np.asarray(labels).reshape(-1)
     if pixels.ndim == 3:
         pixels = np.repeat(pixels[..., None], 3, axis=3)
@@ -337,8 +338,8 @@ def with_splits(
     valid: float = 0.15,
     test: float = 0.2,  # shares
 ) -> Images:  # its column `split` filled
-    """Name a stratified split for images that came without one: valid and test by share, train the rest.
-    Stored in the index."""
+    """Name a stratified split for images that came without one: valid and test by share, train
+    the rest. Stored in the index."""
     rest, held = images.divide(test, seed, "split")
     train, selecting = rest.divide(valid / (1 - test), seed, "split", step=1)
     names = np.full(len(images.table), "train", dtype="<U5")

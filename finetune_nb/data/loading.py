@@ -27,8 +27,9 @@ SOURCES = {}  # name → function of (root, limit, seed, options) → Images, or
 def source(
     name: str,  # what `load_images` is called with
 ):  # → a decorator
-    """Register a function as a source of images. It is called with `root`, `limit` and `seed` by name, and
-    with the options given to `load_images`; it returns `Images`, or a path or paths to be indexed."""
+    """Register a function as a source of images. It is called with `root`, `limit` and `seed` by
+    name, and with the options given to `load_images`; it returns `Images`, or a path or paths to
+    be indexed."""
 
     def keep(function):
         SOURCES[name] = function
@@ -79,7 +80,8 @@ def _kept_index(paths, seed):
     "(where the index of these files is kept, whether it still holds)."
     stamps = [(str(path), *file_stamp(path)) for path in paths]
     index = cache_folder() / "index" / f"{fingerprint('v2', stamps, seed)}.arrow"
-    # A folder is always walked anew: its own time does not tell of changes deeper down. A file that
+    # A folder is always walked anew: its own time does not tell of changes deeper down. A file
+    # that
     # changed within two seconds before it was indexed may have changed once more without a trace.
     latest = max(max(stamp[2:4]) for stamp in stamps)
     holds = index.is_file() and index.stat().st_mtime_ns > latest + 2 * 10**9
@@ -125,7 +127,7 @@ def _from_files(source, seed):
 
 # %% ../../nbs/04_data.ipynb #d0664ca2
 def load_images(
-    source,  # a name in `SOURCES` | a folder | .tar file(s) or a glob | Parquet file(s) | a packed folder
+    source,  # a name in `SOURCES` | folder | .tar file(s), a glob | Parquet file(s) | packed folder
     split: str = None,  # "train", "valid" or "test"; None gives all rows
     *,
     root=None,  # where public sets lie or go to; default FINETUNE_NB_DATA, else the cache folder
@@ -133,8 +135,8 @@ def load_images(
     seed: int = 0,  # of splits, limits and glyphs
     **options,  # of a named source, as glyphs' defects={"label": .1}
 ) -> Images:
-    """Index a source of images; nothing is decoded or copied. Raises `FinetuneError` for what is missing,
-    empty or does not fit."""
+    """Index a source of images; nothing is decoded or copied. Raises `FinetuneError` for what is
+    missing, empty or does not fit."""
     options = {name: value for name, value in options.items() if value is not None}
     found = source
     if isinstance(source, str) and source in SOURCES:
@@ -163,6 +165,6 @@ def three_way(
     images: Images,  # with splits
     seed: int = 0,  # of the part that is cut off where a split is missing
 ) -> tuple:  # (train, valid, test)
-    """Rows to train on, to choose by, and to report. Where only one of valid and test was given, it reports, and a
-    stratified sixth of train, at most 2,000 images, chooses."""
+    """Rows to train on, to choose by, and to report. Where only one of valid and test was given,
+    it reports, and a stratified sixth of train, at most 2,000 images, chooses."""
     return images.three_way(seed)

@@ -36,7 +36,7 @@ def write_shards(
     folder,  # gets shard-000000.tar … and index.parquet
     samples,  # an iterable of (key, encoded bytes, class name, split)
     shard_bytes: int = 256_000_000,  # a shard is closed when it is larger
-    classes=None,  # all class names in their order, also of classes without samples; default: as found
+    classes=None,  # all class names in order, also of empty classes; default: as found
 ) -> Path:  # the folder
     "Write samples as WebDataset tars with a Parquet index."
     folder, rows, shard, samples = Path(folder), [], 0, iter(samples)
@@ -103,7 +103,8 @@ def pack(
     encoding: str = "jpeg",  # "jpeg" | "raw" (uint8 .npy: nothing to decode later)
     shard_bytes: int = 256_000_000,
 ) -> Path:  # the folder, which `load_images` takes
-    "Write the selected images as shards; one that cannot be decoded is left out and named in set_aside.csv."
+    """Write the selected images as shards; one that cannot be decoded is left out and named in
+    set_aside.csv."""
     if encoding not in ("jpeg", "raw"):
         raise FinetuneError(f"encoding={encoding!r}: choose 'jpeg' or 'raw'")
     keys, splits, labels, bad = (
@@ -152,7 +153,7 @@ def _encode(image, encoding):
 def to_parquet(
     images,  # an `Images`
     path,  # the .parquet to write
-    bytes: bool = True,  # with the images' bytes, in Hugging Face's schema; without: the index alone
+    bytes: bool = True,  # with the images' bytes, in Hugging Face's schema; else the index alone
 ) -> Path:
     "Write the selected rows as Parquet."
     rows = images.rows_at(np.arange(len(images)))
@@ -218,8 +219,8 @@ def download_set(
     name: str,  # "cifar10" | "imagenette" | "flowers102" | "pets"
     root: Path,  # gets a folder of that name
 ) -> Path:  # the index of the packed set
-    """A set that torchvision downloads, packed once. Raises `FinetuneError` where there is no network, or
-    for a name that is not among them."""
+    """A set that torchvision downloads, packed once. Raises `FinetuneError` where there is no
+    network, or for a name that is not among them."""
     import torchvision.datasets as sets
 
     if name not in _DOWNLOADS:

@@ -25,8 +25,8 @@ from .decoding import BadImage
 def whole_table(
     table: pa.Table,  # an index, in any number of chunks
 ) -> pa.Table:  # each column one chunk
-    """An index whose columns lie in one piece each, whatever its size: dictionaries are unified, and keys
-    of more than 2 GiB get 64-bit offsets."""
+    """An index whose columns lie in one piece each, whatever its size: dictionaries are unified,
+    and keys of more than 2 GiB get 64-bit offsets."""
     if all(table[name].num_chunks == 1 for name in table.column_names):
         return table
     table = table.unify_dictionaries().combine_chunks()
@@ -45,7 +45,8 @@ def save_index(
     table: pa.Table,  # an index
     path,  # the .arrow file
 ) -> pa.Table:  # memory-mapped
-    "Write an index table as an Arrow file and open it memory-mapped. Raises `FinetuneError` on a full disk."
+    """Write an index table as an Arrow file and open it memory-mapped. Raises `FinetuneError` on
+    a full disk."""
     table = whole_table(table)
 
     def write(temporary):
@@ -71,8 +72,8 @@ GROUP_BYTES = 2**29  # row groups of Parquet files that one reader keeps, in byt
 
 
 class ByteReader:
-    """Reads the bytes of rows: whole files, byte ranges of shards through kept-open descriptors, rows of
-    Parquet files. Safe for threads; a copy or a pickle of it begins with nothing open."""
+    """Reads the bytes of rows: whole files, byte ranges of shards through kept-open descriptors,
+    rows of Parquet files. Safe for threads; a copy or a pickle of it begins with nothing open."""
 
     def __init__(self):
         self.open, self.lock = collections.OrderedDict(), threading.Lock()
@@ -85,7 +86,8 @@ class ByteReader:
         return type(self), ()
 
     def read(self, file, offset, length):
-        "The bytes of one row. Raises `BadImage`, or `FinetuneError` where a limit of the system is met."
+        """The bytes of one row. Raises `BadImage`, or `FinetuneError` where a limit of the
+        system is met."""
         try:
             if length == -1:
                 return self._from_parquet(file, offset)
@@ -221,7 +223,8 @@ def _store(name):
 
 
 def _stored(name):
-    "What is known of a folder or a container: a dict of columns; empty if there is nothing, or it is damaged."
+    """What is known of a folder or a container: a dict of columns; empty if there is nothing, or
+    it is damaged."""
     try:
         with pa.OSFile(str(_store(name))) as file:
             return pa.ipc.open_file(file).read_all().to_pydict()
@@ -301,8 +304,9 @@ def content_hashes(
     reader,  # a `ByteReader`
     stamps: dict,  # container → its stamp when it was indexed; filled here where it is not known
 ) -> tuple:  # (uint8 [N, 16], whether any bytes had to be read)
-    """The hash of each row's bytes, read only where no stored hash holds. A file that cannot be read has
-    the hash 0. Raises `FinetuneError` for a container that has changed since it was indexed."""
+    """The hash of each row's bytes, read only where no stored hash holds. A file that cannot be
+    read has the hash 0. Raises `FinetuneError` for a container that has changed since it was
+    indexed."""
     out = np.zeros((len(file), 16), np.uint8)
     plain = (offset == 0) & (length >= 0)
     groups, fresh = collections.defaultdict(lambda: ([], [])), False

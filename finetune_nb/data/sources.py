@@ -56,7 +56,8 @@ def make_table(keys, files, offsets, lengths, labels, splits, classes):
 
 
 def rows_from_paths(paths, where):
-    "(class per path, split per path) from `[split/]class/…/name`; class None where images lie directly in `where`."
+    """(class per path, split per path) from `[split/]class/…/name`; class None where images lie
+    directly in `where`."""
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     has_split = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
     names, splits = [], []
@@ -78,8 +79,8 @@ def rows_from_paths(paths, where):
 def scan_folder(
     folder,  # [split/]class/…/image, or images without classes
 ) -> pa.Table:
-    """Index a folder of images. Raises `FinetuneError` for a folder that is missing, unreadable, without images, or
-    with an empty class."""
+    """Index a folder of images. Raises `FinetuneError` for a folder that is missing, unreadable,
+    without images, or with an empty class."""
     folder = Path(folder).resolve()
     paths, lengths, empty = [], [], []
     stack = [("", str(folder))]
@@ -109,7 +110,8 @@ def scan_folder(
             empty.append(here)
     if not paths:
         raise FinetuneError(
-            f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): lay them out as [split/]class/name.jpg"
+            f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}): lay them out as "
+            "[split/]class/name.jpg"
         )
     if empty:
         raise FinetuneError(
@@ -141,7 +143,8 @@ def _members(path):
             ]
     except (tarfile.TarError, EOFError) as error:
         raise FinetuneError(
-            f"{path} is not a plain tar file ({error}): a compressed one must be unpacked first (gunzip, zstd -d); "
+            f"{path} is not a plain tar file ({error}): a compressed one must be unpacked "
+            "first (gunzip, zstd -d); "
             "a truncated one must be copied again"
         ) from error
 
@@ -161,7 +164,8 @@ def _shard_label(path, name, size, offset):
         return data.decode().strip(), "", None
     except (ValueError, AttributeError) as error:
         raise FinetuneError(
-            f'{path}: the label file {name} cannot be read ({error}): it must be a class in text (.cls) or JSON with a "label"'
+            f"{path}: the label file {name} cannot be read ({error}): it must be a class in "
+            'text (.cls) or JSON with a "label"'
         ) from error
 
 
@@ -180,7 +184,8 @@ def scan_tars(
         pictures = [m for m in members if os.path.splitext(m[0])[1].lower() in IMAGE_SUFFIXES]
         if not pictures:
             raise FinetuneError(
-                f"{path} holds no images: expected [split/]class/name.jpg, or WebDataset members such as 000001.jpg and 000001.cls"
+                f"{path} holds no images: expected [split/]class/name.jpg, or WebDataset "
+                "members such as 000001.jpg and 000001.cls"
             )
         if labels:
             for name, offset, size in pictures:
@@ -237,7 +242,8 @@ def scan_parquet(
             return _packed(Path(path), file.read())
         if "image" not in columns or "label" not in columns:
             raise FinetuneError(
-                f"{path} has the columns {', '.join(columns)}; needed are image (bytes) and label: rename them"
+                f"{path} has the columns {', '.join(columns)}; needed are image (bytes) and "
+                "label: rename them"
             )
         wanted = [c for c in ("label", "split", "key") if c in columns]
         table = file.read(columns=wanted)
@@ -245,20 +251,22 @@ def scan_parquet(
         given = meta.get("info", {}).get("features", {}).get("label", {}).get("names")
         labels = table["label"].to_pylist()
         if given and any(
-            l is not None and not (isinstance(l, str) or -1 <= l < len(given)) for l in labels
+            label is not None and not (isinstance(label, str) or -1 <= label < len(given))
+            for label in labels
         ):
             raise FinetuneError(
-                f"{path}: a label lies outside the {len(given)} class names in its metadata: the label column does not fit"
+                f"{path}: a label lies outside the {len(given)} class names in its metadata: "
+                "the label column does not fit"
             )
         if given:  # of several files with names in another order, each class keeps its first place
             classes = list(dict.fromkeys([*(classes or []), *given]))
         names += [
             None
-            if l is None or l == -1
-            else given[l]
-            if given and not isinstance(l, str)
-            else str(l)
-            for l in labels
+            if label is None or label == -1
+            else given[label]
+            if given and not isinstance(label, str)
+            else str(label)
+            for label in labels
         ]
         stem = Path(path).stem
         keys += (
@@ -303,7 +311,8 @@ def find_paths(
     source,  # a path, a glob, or a list of them
     named=(),  # names of sources, for the message
 ) -> list:  # of tars, of Parquet files, or one folder
-    "The paths behind a source. Raises `FinetuneError` for what does not exist or is of another kind."
+    """The paths behind a source. Raises `FinetuneError` for what does not exist or is of another
+    kind."""
     if isinstance(source, (list, tuple)):
         return [path for one in source for path in find_paths(one, named)]
     text = str(source)
@@ -322,7 +331,8 @@ def find_paths(
         return found
     if not path.exists():
         raise FinetuneError(
-            f"{path} does not exist: give a folder, a .tar, a .parquet, or one of {', '.join(named)}"
+            f"{path} does not exist: give a folder, a .tar, a .parquet, or one of "
+            f"{', '.join(named)}"
         )
     if path.is_dir() and (path / "index.parquet").is_file():
         return [path / "index.parquet"]
