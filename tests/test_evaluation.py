@@ -5,12 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm, ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.evaluation import Evaluation, Ledger, bootstrap, evaluate, mcnemar, metrics, wilson
+from finetune_nb.evaluation import (
+    Evaluation,
+    Ledger,
+    bootstrap,
+    evaluate,
+    holm,
+    interval,
+    mcnemar,
+    metrics,
+    paired,
+    wilson,
+)
 from finetune_nb.models import load_resnet, to_input
 
 
@@ -57,7 +68,7 @@ def test_classes_that_are_absent_do_not_count():
 
 
 def test_bootstrap_interval_covers():
-    """Over many test sets the 95% interval contains the population's accuracy about 95 times in 100."""
+    """Over many test sets the 95% interval holds the population's accuracy 95 times in 100."""
     hits = 0
     for seed in range(200):
         logits, labels = sample(200, 3, seed + 10)
@@ -89,7 +100,7 @@ def test_wilson_and_mcnemar_against_scipy(right, n):
     )
 
 
-def test_comparison_is_paired_and_says_no_difference_inside_the_noise():
+def test_comparison_is_paired_and_says_not_shown_inside_the_noise():
     logits, labels = sample(500)
     keys = [str(i) for i in range(500)]
     a = Evaluation(logits, labels, list("abcde"), keys)
@@ -99,8 +110,8 @@ def test_comparison_is_paired_and_says_no_difference_inside_the_noise():
     worse = Evaluation(
         np.random.default_rng(0).normal(0, 1, logits.shape), labels, list("abcde"), keys
     )
-    assert a.compare(a)["difference"] == 0 and a.compare(a)["verdict"] == "no difference"
-    assert a.compare(b)["verdict"] == "no difference"
+    assert a.compare(a)["difference"] == 0 and a.compare(a)["verdict"] == "not shown"
+    assert a.compare(b)["verdict"] == "not shown"
     assert (
         a.compare(worse)["verdict"] == "first better"
         and worse.compare(a)["verdict"] == "second better"
@@ -196,3 +207,153 @@ def test_ledger(tmp_path):
     (tmp_path / "l.json").write_text("{")
     with pytest.raises(FinetuneError, match="not a ledger"):
         Ledger.load(tmp_path / "l.json")
+
+
+def simulated(seeds, rows, gap, seed_spread, rng, skill=1.2, row_spread=1.0):
+    """Right/wrong of two methods whose seeds and rows differ, and what each would score at last."""
+    row = rng.normal(0, row_spread, rows)
+    scale = np.sqrt(1 + seed_spread**2 + row_spread**2)
+
+    def one(skill):
+        made = rng.normal(skill, seed_spread, (seeds, 1))
+        return made + row + rng.normal(size=(seeds, rows)) > 0
+
+    truths = norm.cdf(skill / scale), norm.cdf((skill + gap) / scale)
+    return one(skill), one(skill + gap), truths
+
+
+@pytest.mark.parametrize(
+    "seeds, rows, seed_spread", [(1, 60, 0), (1, 400, 0), (2, 200, 0.3), (3, 200, 0.3), (5, 100, 0)]
+)
+def test_intervals_cover_seeds_and_rows(seeds, rows, seed_spread):
+    """Of 400 intervals of each kind, about 95 in 100 hold the truth; never fewer than 92."""
+    rng, hits = np.random.default_rng(seeds), np.zeros(2)
+    for _ in range(400):
+        one, two, truths = simulated(seeds, rows, 0.3, seed_spread, rng)
+        share, gain = interval(one), paired(two, one)
+        hits += share.low <= truths[0] <= share.high, gain.low <= truths[1] - truths[0] <= gain.high
+    assert (hits >= 0.92 * 400).all(), hits
+    if (seeds, rows) in ((1, 400), (3, 200)):
+        assert (hits <= 0.99 * 400).all(), "far wider than promised"
+
+
+def test_rows_alone_do_not_cover_seeds():
+    """What is mended: an interval over one of the two, where both vary, promises too much."""
+    rng, hits = np.random.default_rng(0), np.zeros(2)
+    for _ in range(200):
+        one, _, (truth, _) = simulated(4, 300, 0, 0.6, rng)
+        for i, over in enumerate(("rows", "both")):
+            found = interval(one, over=over)
+            hits[i] += found.low <= truth <= found.high
+    assert hits[0] < 0.8 * 200 < 0.92 * 200 <= hits[1], hits
+
+
+@pytest.mark.parametrize("seeds, rows", [(1, 30), (2, 8), (3, 50), (6, 1), (1, 1)])
+@pytest.mark.parametrize("binary", (True, False))
+def test_verdict_p_and_interval_agree(seeds, rows, binary):
+    rng = np.random.default_rng(rows)
+    for gap in np.linspace(-0.6, 0.6, 25):
+        first, second = rng.normal(gap, 0.4, (seeds, rows)), rng.normal(0, 0.4, (seeds, rows))
+        if binary:
+            first, second = first > 0, second > 0
+        for level in (0.9, 0.95):
+            found, turned = paired(first, second, level), paired(second, first, level)
+            expected = "first better" if found.low > 0 else "not shown"
+            expected = "second better" if found.high < 0 else expected
+            assert found.verdict == expected
+            assert (found.p < 1 - level) == (found.verdict != "not shown"), found
+            assert math.isclose(found.low, -turned.high) and math.isclose(found.p, turned.p)
+            assert found.low <= found.value <= found.high
+
+
+def test_one_margin_is_student_s_t():
+    values = np.random.default_rng(0).normal(0.1, 0.2, 7)
+    theirs = ttest_1samp(values, 0)
+    found = paired(values, np.zeros(7), over="seeds")
+    assert math.isclose(found.p, theirs.pvalue)
+    assert np.allclose((found.low, found.high), theirs.confidence_interval(0.95))
+    assert np.allclose(tuple(interval(values, over="seeds"))[1:], theirs.confidence_interval(0.95))
+    right = np.arange(153) < 145
+    assert tuple(interval(right))[1:] == wilson(145, 153)
+
+
+def test_never_narrower_than_a_margin_alone():
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        table = rng.normal(0, 1, (3, 1)) * rng.uniform(0, 2) + rng.normal(size=(3, 40))
+        both = interval(table)
+        for over in ("rows", "seeds"):
+            one = interval(table, over=over)
+            assert both.low <= one.low + 1e-12 and one.high <= both.high + 1e-12
+
+
+def test_holm_against_a_table_by_hand():
+    """Holm (1979): 4·.005, 3·.010, 2·.030, then never less than the one before."""
+    assert np.allclose(holm([0.010, 0.040, 0.030, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert holm({"a": 0.6, "b": 0.5}) == {"a": 1.0, "b": 1.0} and holm([]) == []
+    with pytest.raises(FinetuneError, match="0…1"):
+        holm([1.5])
+
+
+def test_holm_widens_intervals_until_they_agree():
+    rng = np.random.default_rng(3)
+    base = rng.random((3, 300)) < 0.8
+    for _ in range(20):
+        flips = [rng.uniform(0, 0.12) for _ in range(5)]
+        several = {
+            i: paired(base & (rng.random(base.shape) > f), base) for i, f in enumerate(flips)
+        }
+        for name, found in holm(several).items():
+            assert found.p >= several[name].p and found.low <= several[name].low
+            assert (found.p < 0.05) == (found.verdict != "not shown")
+            assert found.comparisons == 5 and "Holm, 5" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "scores, low, high",
+    [([1], 0.2, 1), (np.ones((3, 50)), 0.9, 1), ([0, 0, 0], 0, 0.6), ([[1], [1]], 0.1, 1)],
+)
+def test_few_or_perfect_rows_have_wide_intervals(scores, low, high):
+    found = interval(scores)
+    assert 0 <= found.low <= max(low, found.value) and found.high >= min(high, found.value)
+    assert found.low < found.high
+    same = paired(scores, scores)
+    assert same.value == 0 and same.low < 0 < same.high and same.verdict == "not shown"
+
+
+def test_a_spread_that_cannot_be_told_is_infinite_and_says_why():
+    one, alike = interval([0.91], over="seeds"), paired([0.9, 0.8], [0.7, 0.6], over="seeds")
+    assert one.low == -math.inf and "one value" in repr(one) and np.isnan(one.errors).all()
+    assert alike.verdict == "not shown" and alike.p == 1 and "all values are alike" in repr(alike)
+    assert holm([alike, alike])[0].verdict == "not shown"
+
+
+def test_repr_is_short():
+    rng = np.random.default_rng(0)
+    found = paired(rng.random((3, 400)) < 0.91, rng.random((3, 400)) < 0.90)
+    words = repr(found).split()
+    assert len(words) == 5 and words[0][:2] in ("+.", "-.") and words[-2:] == ["not", "shown"]
+    assert repr(interval([0.0, 1.0] * 50)) == ".500 [.404, .596]"
+
+
+@pytest.mark.parametrize(
+    "scores, words",
+    [
+        ([], "shape"),
+        ([[1, 2], [3]], "table"),
+        ([1, np.nan], "finite"),
+        (np.ones((1, 1, 1)), "shape"),
+    ],
+)
+def test_scores_that_are_no_table(scores, words):
+    with pytest.raises(FinetuneError, match=words):
+        interval(scores)
+
+
+def test_pairs_that_do_not_match():
+    with pytest.raises(FinetuneError, match="same seeds and rows"):
+        paired(np.ones((2, 5)), np.ones((2, 4)))
+    with pytest.raises(FinetuneError, match="choose from"):
+        paired([1, 0], [0, 1], over="columns")
+    with pytest.raises(FinetuneError, match="right of"):
+        wilson(3, 2)

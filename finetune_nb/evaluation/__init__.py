@@ -6,22 +6,28 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_evaluation.ipynb #export0ev
-from finetune_nb.evaluation.metrics import (
-    metrics,
-    bootstrap,
+from .metrics import metrics, bootstrap, Evaluation, evaluate, Ledger
+from finetune_nb.evaluation.statistics import (
     wilson,
     mcnemar,
-    Evaluation,
-    evaluate,
-    Ledger,
+    Interval,
+    Difference,
+    interval,
+    paired,
+    holm,
 )
 
 __all__ = [
+    "Difference",
     "Evaluation",
+    "Interval",
     "Ledger",
     "bootstrap",
     "evaluate",
+    "holm",
+    "interval",
     "mcnemar",
     "metrics",
+    "paired",
     "wilson",
 ]

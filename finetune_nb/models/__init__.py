@@ -6,6 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_models.ipynb #export0mo
+from finetune_nb.models.anatomy import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DEFAULTS,
+    NORMS,
+    Anatomy,
+    logits_of,
+    anatomy,
+    head_of,
+    set_head,
+    tapped,
+    adopt,
+)
 from finetune_nb.models.edits import (
     POOLS,
     CELLS,
@@ -17,6 +30,14 @@ from finetune_nb.models.edits import (
     activations,
     replace_activation,
     apply_edit,
+)
+from finetune_nb.models.families import (
+    FAMILIES,
+    Family,
+    family_of,
+    told_by_family,
+    told_by_timm,
+    is_called,
 )
 from finetune_nb.models.loading import (
     IMAGENET_MEAN,
@@ -36,32 +57,52 @@ from finetune_nb.models.loading import (
     load_model,
     count_cost,
 )
+from .pooling import LAYOUTS, output_of, as_maps, layouts
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Anatomy",
     "BATCHNORM_POLICIES",
     "CELLS",
     "CifarResNet",
+    "DEFAULTS",
     "EDITS",
+    "FAMILIES",
+    "Family",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "LAYOUTS",
+    "NORMS",
     "POOLS",
     "SMALL",
     "SelectedNet",
     "activations",
+    "adopt",
+    "anatomy",
     "apply_edit",
     "architectures",
+    "as_maps",
     "build",
     "count_cost",
+    "family_of",
+    "head_of",
+    "is_called",
     "layer_names",
+    "layouts",
     "load_model",
     "load_resnet",
     "load_weights",
+    "logits_of",
+    "output_of",
     "read_checkpoint",
     "replace_activation",
     "save_model",
     "select_columns",
+    "set_head",
+    "tapped",
     "to_input",
+    "told_by_family",
+    "told_by_timm",
     "train_mode",
 ]
