@@ -22,11 +22,8 @@ from finetune_nb.environment import notebook_hash  # noqa: E402
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 DEBTS = {  # lessons that are still too long; none is added
-    "05_preprocessing",
     "07_features",
     "08_feature_selection",
-    "09_training",
-    "10_weight_tuning",
     "14_application",
 }
 SETTINGS = config["DEFAULT"]

@@ -1,4 +1,4 @@
-"""Label scores against published figures and an independent implementation; audits, twins, cleaning, and what is refused."""
+"""Label scores against published figures and an oracle; audits, twins, cleaning, refusals."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.preprocessing.rules import pair_checks
+from finetune_nb.preprocessing.rules import pair_checks, twin_groups
 from finetune_nb.data.index import from_arrays
 from finetune_nb.preprocessing.neighbours import (
     group_rows,
@@ -137,7 +137,7 @@ def test_planted_mistakes_are_found():
 
 
 def test_out_of_fold_has_not_seen_the_row():
-    """Features that are noise and a label of its own for each row: whoever has seen a row knows it, others cannot."""
+    """Features are noise, labels arbitrary: who has seen a row knows it, others cannot."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 400)), np.arange(200) % 2
     quality = label_quality(out_of_fold(x, y, c=10.0), y)
@@ -291,7 +291,7 @@ def test_pass_does_not_depend_on_threads_parts_or_stops(tmp_path):
 
 
 def test_each_image_is_decoded_once_and_done_parts_not_again(tmp_path, photos, monkeypatch):
-    import finetune_nb.pixels as pixels
+    import finetune_nb.preprocessing.pixels as pixels
 
     count, original = [0], pixels.decode_rgb
 
@@ -573,24 +573,286 @@ def test_rows_must_match(dirty):
         audit(images.select(np.zeros(len(images), bool)))
 
 
+NO_PAIRS = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
+
+
 def test_twins_across_and_within():
-    nothing = (np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
-    _, flag, shown = pair_checks(
-        np.array([5, 5, 5, 6, 0, 0], np.uint64),
-        nothing,
-        ["train", "train", "test", "valid", "train", "train"],
-    )
-    assert flag["leak"].tolist() == [False, True, False, False, False, False] and flag[
-        "exact_duplicate"
-    ].tolist() == [False, True, False, False, False, False]
+    digest = np.array([5, 5, 5, 6, 0, 0], np.uint64)
+    splits = ["train", "train", "test", "valid", "train", "train"]
+    _, flag, shown = pair_checks(digest, NO_PAIRS, splits)
+    assert np.flatnonzero(flag["leak"]).tolist() == [0, 1], "both copies in train, not one"
+    assert np.flatnonzero(flag["exact_duplicate"]).tolist() == [1]
+    assert set(zip(shown["leak"][0], shown["leak"][1])) == {(2, 0), (2, 1)}, "beside the test image"
+    near = (np.array([0, 2]), np.array([1, 3]), np.array([0.99, 0.97]))
     _, flag, _ = pair_checks(
-        np.arange(1, 5, dtype=np.uint64),
-        (np.array([0, 2]), np.array([1, 3]), np.array([0.99, 0.97])),
-        ["valid", "test", "train", "train"],
+        np.arange(1, 5, dtype=np.uint64), near, ["valid", "test", "train", "train"]
     )
-    assert flag["leak"].tolist() == [True, False, False, False] and flag[
-        "near_duplicate"
-    ].tolist() == [False, False, False, True]
+    assert np.flatnonzero(flag["leak"]).tolist() == [0]
+    assert np.flatnonzero(flag["near_duplicate"]).tolist() == [3]
+
+
+def slow_twins(digest, pairs, splits):
+    """Groups by walking along links; flags by their definitions, row by row."""
+    n = len(digest)
+    linked = {i: {i} for i in range(n)}
+    links = [(i, j) for i in range(n) for j in range(i) if digest[i] and digest[i] == digest[j]]
+    for i, j in [*links, *zip(*pairs[:2])]:
+        linked[int(i)].add(int(j))
+        linked[int(j)].add(int(i))
+    groups = []
+    for i in range(n):
+        found, waiting = {i}, [i]
+        while waiting:
+            new = linked[waiting.pop()] - found
+            found |= new
+            waiting += new
+        groups.append(found)
+
+    def first(rows):
+        return min(rows, key=lambda r: (("test", "valid", splits[r]).index(splits[r]), r))
+
+    flags = {
+        "leak": [i for i in range(n) if splits[first(groups[i])] != splits[i]],
+        "exact_duplicate": [
+            i
+            for i in range(n)
+            if any(
+                digest[i] and digest[i] == digest[j] and splits[i] == splits[j] for j in range(i)
+            )
+        ],
+    }
+    near = [i for i in range(n) if any(j < i and splits[i] == splits[j] for j in groups[i])]
+    copies = [
+        min(j for j in groups[i] if splits[i] == splits[j]) for i in range(n)
+    ]  # the first of the group in the row's own split
+    flags["near_duplicate"] = [
+        i for i in near if not (digest[i] and digest[i] == digest[copies[i]])
+    ]
+    return [min(found) for found in groups], flags
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 12), st.integers(0, 12))
+def test_groups_of_any_number_in_any_splits(seed, n, kinds, links):
+    rng = np.random.default_rng(seed)
+    digest = rng.integers(0, kinds + 1, n).astype(np.uint64)  # 0 is unreadable
+    first, second = rng.integers(0, n, links), rng.integers(0, n, links)
+    keep = first < second
+    pairs = (first[keep], second[keep], rng.uniform(0.95, 1, keep.sum()).astype(np.float32))
+    splits = rng.choice(["train", "valid", "test"], n)
+    groups, flags = slow_twins(digest, pairs, splits)
+    score, flag, shown = pair_checks(digest, pairs, splits)
+    assert twin_groups(digest, pairs).tolist() == groups
+    for name, expected in flags.items():
+        assert np.flatnonzero(flag[name]).tolist() == expected, name
+        assert sorted(shown[name][1].tolist()) == expected
+        assert (score[name][expected] >= 0.95).all() and (score[name][~flag[name]] == 0).all()
+        for twin, row in zip(*shown[name][:2]):
+            assert groups[twin] == groups[row] and twin != row
+            assert (splits[twin] == splits[row]) == (name != "leak")
+    assert not (flag["leak"] & (splits == "test")).any()
+
+
+@pytest.mark.parametrize("copies", [2, 3, 14])
+@pytest.mark.parametrize("held", ["test", "valid"])
+def test_no_copy_of_a_held_out_image_stays_in_train(copies, held):
+    rng = np.random.default_rng(copies)
+    pixels = rng.integers(0, 256, (60, 16, 16, 3), np.uint8)
+    splits = np.array(["train"] * 40 + [held] * 20)
+    pixels[rng.permutation(40)[:copies]] = pixels[50]
+    pixels[51] = pixels[50]  # twice in the held-out part, too
+    pixels[39] = pixels[38]  # a second group, inside train
+    images = from_arrays(pixels, np.arange(60) % 2, splits=splits)
+    same_all = (pixels == pixels[50]).all((1, 2, 3))
+    for features in (None, pixels.reshape(60, -1)[:, :50].astype(float)):
+        found = audit(images, features, checks=("exact_duplicate", "near_duplicate", "leak"))
+        kept = found.clean()
+        rows = kept.rows_at(np.arange(len(kept)))
+        same = (pixels[rows] == pixels[50]).all((1, 2, 3))
+        assert sorted(rows[same]) == [50, 51], "none in train, and both held-out rows"
+        assert (kept.column("split").astype(str) == held).sum() == 20
+        heads = {int(found.groups[row]) for row in np.flatnonzero(same_all)}
+        assert len(heads) == 1 and (found.groups == heads.pop()).sum() == same_all.sum()
+
+
+def test_a_chain_of_near_twins_across_splits():
+    """Each is like the next one only; the last lies in test: the whole chain leaves train."""
+    near = (np.arange(5), np.arange(1, 6), np.full(5, 0.96, np.float32))
+    splits = ["train", "train", "valid", "train", "train", "test"]
+    digest = np.arange(1, 7, dtype=np.uint64)
+    score, flag, shown = pair_checks(digest, near, splits)
+    assert np.flatnonzero(flag["leak"]).tolist() == [0, 1, 2, 3, 4]
+    assert twin_groups(digest, near).tolist() == [0] * 6
+    assert score["leak"][0] == pytest.approx(0.96), "it hangs on the chain, not on the test image"
+
+
+def test_images_without_a_split():
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), np.uint8)
+    pixels[[5, 9, 20]] = pixels[2]
+    images = from_arrays(pixels, np.arange(30) % 2)
+    table = images.table.drop_columns(["split"])
+    for some in (images, images.with_table(table)):
+        found = audit(some, checks=("exact_duplicate", "near_duplicate", "leak"))
+        assert np.flatnonzero(found.flags["exact_duplicate"]).tolist() == [5, 9, 20]
+        assert not found.flags["leak"].any() and found.groups[[5, 9, 20]].tolist() == [2, 2, 2]
+
+
+def test_groups_serve_as_folds():
+    from sklearn.model_selection import GroupKFold
+
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 12, 12, 3), np.uint8)
+    pixels[10:40] = pixels[np.repeat([0, 1, 2], 10)]
+    groups = audit(from_arrays(pixels, np.arange(60) % 2), checks=("leak",)).groups
+    fold = fold_of(np.arange(60) % 2, 4, groups=groups)
+    for head in range(3):
+        assert len(np.unique(fold[groups == head])) == 1 and (groups == head).sum() == 11
+    for a, b in GroupKFold(4).split(groups, groups=groups):
+        assert not set(groups[a]) & set(groups[b])
+
+
+def test_a_burst_longer_than_the_list_of_neighbours():
+    """Forty frames in two scenes: each list of ten neighbours is full before the other scene."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(240, 64))
+    x[200:] = x[200] + rng.normal(0, 0.1, (40, 64))
+    x[220:] += rng.normal(0, 0.25, 64)  # the second scene is a little further away
+    around = nearest(x, 5)
+    short = near_duplicates(around, 0.9)
+    first, second, similarity = near_duplicates(around, 0.9, x)
+    assert len(np.unique(group_rows(240, *short[:2])[200:])) > 1, "lists alone tear it apart"
+    assert set(group_rows(240, first, second)[200:]) == {200}
+    assert (first < second).all() and (similarity >= 0.9).all()
+    assert len(set(zip(first, second))) == len(first)
+    z = (x - x.mean(0)) / x.std(0)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    alike = np.argwhere(np.triu(z @ z.T > 0.9 + 1e-6, 1))
+    groups = group_rows(240, first, second)
+    assert (groups[alike[:, 0]] == groups[alike[:, 1]]).all()
+
+
+def test_checks_leave_valid_and_test_alone(dirty):
+    """Whatever is flagged there stays; the summary counts it; a person's word is another matter."""
+    images = load_images(dirty)
+    found = audit(images)
+    for name in found.flags:
+        found.flags[name] |= found.held_out
+    before = int(found.held_out.sum())
+    assert before > 0
+    kept = found.clean(CHECKS[:9])
+    splits = kept.column("split").astype(str)
+    assert (np.isin(splits, ("valid", "test"))).sum() == before
+    assert not any(key.startswith("test/") for key, _ in found.set_aside)
+    lines = {line.split()[0]: line.split() for line in found.summary().splitlines()}
+    assert lines["dark"][-1] == str(before) == lines["label"][-1]
+    assert f"{before} flagged rows lie in valid and test" in found.summary()
+    place = int(np.flatnonzero(found.held_out)[0])
+    found.decide(place, "drop")
+    assert len(found.clean(("dark",))) < len(images)
+    assert (found.keys[place], ["dropped by hand"]) in found.set_aside
+
+
+def test_a_class_of_twins_is_not_judged():
+    """All of a class in one group: no probe has learned it, which says nothing about its labels."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [60, 60, 6])
+    x = np.eye(3)[y] * 6 + rng.normal(size=(126, 3))
+    x[120:] = x[120] + 1e-3
+    groups = np.arange(126)
+    groups[120:] = 120
+    p = out_of_fold(x, y, c=1.0, groups=groups)
+    assert np.isnan(p[120:]).all() and np.isfinite(p[:120]).all()
+    for name in SCORES:
+        assert np.isnan(label_quality(p, y, name)[120:]).all()
+        assert np.isfinite(label_quality(p, y, name)[:120]).all()
+    for name in FILTERS:
+        alone = label_issues(p[:120], y[:120], name)
+        assert (label_issues(p, y, name) == np.r_[alone, np.zeros(6, bool)]).all()
+    assert (confident_joint(p, y) == confident_joint(p[:120], y[:120])).all()
+    assert not label_issues(np.full((4, 2), np.nan), np.zeros(4, int)).any()
+
+
+def test_two_classes_one_of_them_twins():
+    """Without the twins only one class is left to learn from: nothing in that fold is judged."""
+    y = np.repeat([0, 1], [20, 5])
+    groups = np.r_[np.arange(20), np.full(5, 20)]
+    p = out_of_fold(np.random.default_rng(0).normal(size=(25, 4)), y, groups=groups)
+    fold = fold_of(y, 5, groups=groups)
+    assert np.isnan(p[fold == fold[20]]).all() and np.isfinite(p[fold != fold[20]]).all()
+
+
+def test_an_audit_says_what_it_did_not_judge():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [60, 60, 6])
+    x = np.eye(3)[y] * 6 + rng.normal(size=(126, 3))
+    pixels = rng.integers(0, 255, (126, 8, 8, 3), np.uint8)
+    x[120:], pixels[120:] = x[120], pixels[120]
+    found = audit(from_arrays(pixels, y), x, limits={"duplicate": 0.9999})
+    assert np.isnan(found.scores["label"][120:]).all() and not found.flags["label"][120:].any()
+    assert "6 labels were not judged: twins hold together" in found.summary()
+    p = np.eye(3)[y] * 0.8 + 0.2 / 3
+    p[7] = np.nan
+    found = audit(from_arrays(pixels, y), pred_probs=p)
+    assert np.isnan(found.scores["label"][7]) and not found.flags["label"][7]
+    assert "1 labels were not judged: pred_probs has NaN" in found.summary()
+
+
+def test_decisions_do_not_pass_to_other_pictures(dirty, tmp_path):
+    """A picture replaced in place, by one of as many bytes: the old pass and decision are gone."""
+    images = load_images(dirty)
+    found = audit(images, folder=tmp_path)
+    place = next(i for i, key in enumerate(found.keys) if key.endswith("zz_dark.png"))
+    other = next(i for i, key in enumerate(found.keys) if key.endswith("zz_grey.png"))
+    found.decide(place, "drop")
+    found.decide(other, "keep")
+    bright = [p for p in dirty.rglob("zz_bright.png")][0]
+    target = [p for p in dirty.rglob("zz_dark.png")][0]
+    target.write_bytes(bright.read_bytes())
+    again = audit(load_images(dirty), folder=tmp_path)
+    place = again.keys.index(found.keys[place])
+    assert not again.flags["dark"][place] and again.flags["bright"][place]
+    assert again.decisions == {found.keys[other]: "keep"}
+    assert "1 decisions were made about other pictures" in again.summary()
+    again.decide(place, "keep")
+    third = audit(load_images(dirty), folder=tmp_path)
+    assert third.decisions == again.decisions and len(third.decisions) == 2
+
+
+def test_pictures_of_one_colour_but_other_shape_are_no_copies():
+    columns = [np.zeros((h, w, 3), np.uint8) for h, w in ((8, 18), (18, 8), (12, 12))]
+    from finetune_nb.preprocessing.pixels import _digest
+
+    assert len({_digest(pixels) for pixels in columns}) == 3
+
+
+def test_without_faiss_all_pairs_are_compared(monkeypatch):
+    import importlib.util
+
+    import finetune_nb.preprocessing.neighbours as neighbours
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "faiss" else found(name)
+    )
+    x = np.random.default_rng(0).normal(size=(300, 8))
+    x[299] = x[3]
+    with pytest.raises(FinetuneError, match=r"finetune_nb\[faiss\]"):
+        nearest(x, 3, exact=False)
+    expected = nearest(x, 3, exact=True)
+    monkeypatch.setattr(neighbours, "ALL_PAIRS", 100)
+    with pytest.warns(UserWarning, match="faiss is not installed"):
+        got = nearest(x, 3)
+    assert all((a == b).all() for a, b in zip(got, expected))
+    images = from_arrays(
+        np.arange(300 * 192).reshape(300, 8, 8, 3).astype(np.uint8), np.zeros(300, int)
+    )
+    with pytest.warns(UserWarning):
+        assert "faiss is not installed" in audit(images, x, checks=("outlier",)).summary()
+
+
+def test_review_without_widgets(dirty, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(FinetuneError, match=r"finetune_nb\[widgets\]"):
+        review(audit(load_images(dirty), checks=("dark",)), "dark")
 
 
 def test_full_disk_leaves_what_was_decided(dirty, tmp_path, monkeypatch):

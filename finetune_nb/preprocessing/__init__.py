@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/reference/room_preprocessing.ipynb #export0pr
-from finetune_nb.preprocessing.auditing import (
+from .auditing import Audit, audit
+from finetune_nb.preprocessing.labels import (
     SCORES,
     FILTERS,
     label_quality,
@@ -14,11 +15,11 @@ from finetune_nb.preprocessing.auditing import (
     out_of_fold,
     confident_joint,
     label_issues,
-    Audit,
-    audit,
 )
 from finetune_nb.preprocessing.neighbours import (
+    ALL_PAIRS,
     nearest,
+    without_faiss,
     near_duplicates,
     group_rows,
     outlier_scores,
@@ -41,18 +42,23 @@ from finetune_nb.preprocessing.reviewing import (
 from finetune_nb.preprocessing.rules import (
     CHECKS,
     CLEAN,
+    HELD_OUT,
     LIMITS,
     robust_z,
     pixel_checks,
+    twin_groups,
     pair_checks,
+    label_checks,
 )
 
 __all__ = [
+    "ALL_PAIRS",
     "Audit",
     "CHECKS",
     "CLEAN",
     "DENOISERS",
     "FILTERS",
+    "HELD_OUT",
     "LIMITS",
     "MEASURES",
     "SCORES",
@@ -64,6 +70,7 @@ __all__ = [
     "denoise",
     "fold_of",
     "group_rows",
+    "label_checks",
     "label_issues",
     "label_quality",
     "measure_pixels",
@@ -78,4 +85,6 @@ __all__ = [
     "review",
     "robust_z",
     "show_suspects",
+    "twin_groups",
+    "without_faiss",
 ]
