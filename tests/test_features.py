@@ -13,8 +13,8 @@ from conftest import ROOT, make_photos
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.features import POOLS, Features, block_names, extract_features, linear_probe
-from finetune_nb.models import load_resnet, to_input
+from finetune_nb.features import Features, block_names, extract_features, linear_probe
+from finetune_nb.models import POOLS, load_resnet, to_input
 from finetune_nb.resumable import Parts
 
 

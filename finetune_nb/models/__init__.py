@@ -57,7 +57,6 @@ from finetune_nb.models.loading import (
     load_model,
     count_cost,
 )
-from .pooling import LAYOUTS, output_of, as_maps, layouts
 
 __all__ = [
     "ACTIVATIONS",
@@ -72,7 +71,6 @@ __all__ = [
     "Family",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "LAYOUTS",
     "NORMS",
     "POOLS",
     "SMALL",
@@ -82,19 +80,16 @@ __all__ = [
     "anatomy",
     "apply_edit",
     "architectures",
-    "as_maps",
     "build",
     "count_cost",
     "family_of",
     "head_of",
     "is_called",
     "layer_names",
-    "layouts",
     "load_model",
     "load_resnet",
     "load_weights",
     "logits_of",
-    "output_of",
     "read_checkpoint",
     "replace_activation",
     "save_model",

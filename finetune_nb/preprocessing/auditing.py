@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..environment import FinetuneError, keyed_uniform, write_atomic
-from ..features.extraction import linear_probe
+from ..features.probing import linear_probe
 from finetune_nb.preprocessing.rules import (
     CHECKS,
     CLEAN,
