@@ -17,7 +17,7 @@ from finetune_nb.training import Recipe, fit
 
 
 def made(n=300, d=40, useful=6, k=3, seed=0, strength=1.5):
-    """Features of which the first `useful` tell the classes apart, the next `useful` are their copies, and the rest is noise."""
+    """The first `useful` columns tell the classes apart, the next are their copies, then noise."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, k, n)
     x = rng.normal(size=(n, d))
@@ -231,7 +231,7 @@ def joined_of(classes=3, seen=None, pool=("mean", "max", "grid"), k=30):
 
 @pytest.mark.parametrize("classes, seen", [(2, None), (5, None), (5, 4)])
 def test_joined_model_is_the_probe(classes, seen, tmp_path):
-    """From pixels to the probe's probabilities, up to the float16 of the stored features; also with two classes and one unseen."""
+    """From pixels to the probe's probabilities, up to float16; two classes, one unseen."""
     net, images, features, picked, probe = joined_of(classes, seen)
     joined = selected_model(net, picked, probe)
     again = load_model(save_model(joined, tmp_path / "model.safetensors"))
@@ -310,7 +310,7 @@ def test_an_edit_that_is_not_known(tmp_path):
 
 
 def test_path_by_the_strong_rule_is_the_path(monkeypatch):
-    """Screening must not change the answer: the same penalties without it, solved as tightly, end with the same columns."""
+    """Screening must not change the answer: without it the same columns come."""
     features, rows, looked = made(n=200, d=60, seed=4), np.arange(200), []
     y, moments = features.labels, Moments(features.array, features.labels, rows)
 
@@ -345,7 +345,7 @@ def test_blocks_that_do_not_fit_in_memory(monkeypatch):
 
 
 def test_small_weights_do_not_end_the_path_early():
-    """With many classes and few rows all weights are small; the conditions of the optimum must hold all the same, nearly."""
+    """With many classes and few rows all weights are small; the optimum must be reached, nearly."""
     rng = np.random.default_rng(8)
     y = np.repeat(np.arange(50), 4)
     x = rng.normal(size=(200, 300)).astype(np.float32)

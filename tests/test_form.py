@@ -26,8 +26,6 @@ DEBTS = {  # lessons that are still too long; none is added
     "04_data",
     "05_preprocessing",
     "06_transfer_learning",
-    "07_features",
-    "08_feature_selection",
     "09_training",
     "10_weight_tuning",
     "13_evaluation",

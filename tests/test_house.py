@@ -33,7 +33,6 @@ DEBTS = {
     "data.index",
     "data.sources",
     "evaluation.metrics",
-    "features.extraction",
     "models.loading",
     "preprocessing.auditing",
 }

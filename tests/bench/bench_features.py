@@ -1,4 +1,5 @@
-"""Extraction of all blocks against the bare forward pass over the same batches, and a head on stored features against the net."""
+"""Extraction of all blocks against the bare forward pass, and a head on stored features against
+the net."""
 
 import time
 
@@ -9,7 +10,7 @@ from common import compare
 
 from finetune_nb.data import load_images
 from finetune_nb.features import extract_features
-from finetune_nb.models import load_resnet, to_input
+from finetune_nb.models import head_of, load_resnet, to_input
 
 
 def forward_only(model, images, size, group=32):
@@ -69,7 +70,7 @@ if __name__ == "__main__":
             ):
                 with torch.no_grad():
                     seen = {}
-                    hook = model.fc.register_forward_pre_hook(
+                    hook = head_of(model).register_forward_pre_hook(
                         lambda m, inputs: seen.update(x=inputs[0])
                     )
                     model(to_input(batch.pixels, model))
@@ -80,6 +81,7 @@ if __name__ == "__main__":
         slow = head(through_net, x.shape[1], 130, 1)
         steps = -(-len(some) // 128)
         print(
-            f"{arch} at {size} px: a head's step on stored features {fast / steps * 1000:.2f} ms, an epoch {slow / fast:,.0f} times as fast as through the net",
+            f"{arch} at {size} px: a head's step on stored features {fast / steps * 1000:.2f} ms, "
+            f"an epoch {slow / fast:,.0f} times as fast as through the net",
             flush=True,
         )
