@@ -18,7 +18,7 @@ from .evaluation.scoring import evaluate
 from .evaluation.statistics import interval, paired
 from .models.anatomy import anatomy, head_of, tapped
 from .models.checkpoints import save_model
-from .models.loading import load_backbone, load_resnet, to_input
+from .models.loading import input_options, load_backbone, load_resnet, to_input
 from .report import write_card, write_report
 from .training.run import Recipe, fit
 
@@ -65,7 +65,7 @@ SIDE = 112  # pixels: 160 would take twice as long
 # What `demo` runs: name, labels a class, epochs, batch size.
 PLAN = (("5 labels a class", 5, 12, 25), ("all labels", 10_000, 5, 32))
 WAYS = ("from scratch", "head", "everything")
-_RATES = {"from scratch": (0.05, 1.0), "head": (0.02, 1.0), "everything": (0.02, 1.0)}
+_RATES = {"from scratch": (0.05, 1.0), "head": (0.02, 1.0), "everything": (0.05, 0.1)}
 
 
 def plan_recipe(way, epochs, batch_size, seed) -> Recipe:
@@ -89,9 +89,7 @@ def _fed(model, images):
     name = anatomy(model).head
     model.eval()
     with torch.inference_mode(), tapped(model, [name], lambda _, x: found.append(x.flatten(1))):
-        for batch in images.loader(
-            batch_size=64, size=model.info["size"], crop_ratio=model.info["crop_ratio"]
-        ):
+        for batch in images.loader(batch_size=64, **input_options(model)):
             model(to_input(batch.pixels, model))
             labels.append(batch.labels)
     return torch.cat(found).float().clone(), torch.cat(labels)

@@ -71,7 +71,9 @@ class LRFinder:
         self.rates, self.losses = np.asarray(rates), np.asarray(losses)
         steps = np.arange(len(self.losses))
         weight = 0.8 ** np.abs(np.subtract.outer(steps, steps))
-        self.smooth = weight @ self.losses / weight.sum(1)
+        # The last loss may be beyond all bounds: what exploded counts as such, and no more.
+        bounded = np.minimum(self.losses, 4 * self.losses[0])
+        self.smooth = weight @ bounded / weight.sum(1)
         self.lowest = float(self.rates[self.smooth.argmin()])
         self.suggestion = self.lowest / 10
         self.reason = (

@@ -6,18 +6,18 @@ import torch
 from sklearn.feature_selection import f_classif
 
 from finetune_nb.training import loop as engine
-from finetune_nb.features import selection as fs
+from finetune_nb.features import lasso
 from finetune_nb.environment import FinetuneError
-from finetune_nb.features.selection import METHODS, Moments, group_lasso, select_features
+from finetune_nb.features import METHODS, Moments, group_lasso, select_features
 from finetune_nb.features import Features, extract_features, linear_probe
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import load_model, load_resnet, save_model, to_input
-from finetune_nb.features.choice import Selection, selected_model
+from finetune_nb.features import Selection, selected_model
 from finetune_nb.training import Recipe, fit
 
 
 def made(n=300, d=40, useful=6, k=3, seed=0, strength=1.5):
-    """Features of which the first `useful` tell the classes apart, the next `useful` are their copies, and the rest is noise."""
+    """The first `useful` columns tell the classes apart, the next are their copies, then noise."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, k, n)
     x = rng.normal(size=(n, d))
@@ -36,8 +36,7 @@ def test_moments_in_blocks_equal_two_passes(monkeypatch):
     features = made()
     rows = np.sort(np.random.default_rng(1).choice(300, 211, replace=False))
     whole = Moments(features.array, features.labels[rows], rows)
-    original = fs._blocks
-    monkeypatch.setattr(fs, "_blocks", lambda array, rows, size=7: original(array, rows, size))
+    monkeypatch.setattr(lasso, "_BLOCK", 7)
     small = Moments(features.array, features.labels[rows], rows)
     x = features.array[rows].astype(np.float64)
     for found in (whole, small):
@@ -232,7 +231,7 @@ def joined_of(classes=3, seen=None, pool=("mean", "max", "grid"), k=30):
 
 @pytest.mark.parametrize("classes, seen", [(2, None), (5, None), (5, 4)])
 def test_joined_model_is_the_probe(classes, seen, tmp_path):
-    """From pixels to the probe's probabilities, up to the float16 of the stored features; also with two classes and one unseen."""
+    """From pixels to the probe's probabilities, up to float16; two classes, one unseen."""
     net, images, features, picked, probe = joined_of(classes, seen)
     joined = selected_model(net, picked, probe)
     again = load_model(save_model(joined, tmp_path / "model.safetensors"))
@@ -256,8 +255,8 @@ def test_joined_model_can_be_fine_tuned_and_resumed(tmp_path, monkeypatch):
     before = {name: value.clone() for name, value in joined.state_dict().items()}
     written = engine.save_state
 
-    def stop(*state):
-        written(*state)
+    def stop(*state, **more):
+        written(*state, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -311,7 +310,7 @@ def test_an_edit_that_is_not_known(tmp_path):
 
 
 def test_path_by_the_strong_rule_is_the_path(monkeypatch):
-    """Screening must not change the answer: the same penalties without it, solved as tightly, end with the same columns."""
+    """Screening must not change the answer: without it the same columns come."""
     features, rows, looked = made(n=200, d=60, seed=4), np.arange(200), []
     y, moments = features.labels, Moments(features.array, features.labels, rows)
 
@@ -319,12 +318,15 @@ def test_path_by_the_strong_rule_is_the_path(monkeypatch):
         looked.append(60 if among is None else len(among))
         return group_lasso(array, labels, rows, penalty, start, 3000, 1e-7, moments, among)
 
-    monkeypatch.setattr(fs, "group_lasso", tight)
-    length = fs.group_lasso_path(features.array, y, rows, 12, moments)
+    monkeypatch.setattr(lasso, "group_lasso", tight)
+    length = lasso.group_lasso_path(features.array, y, rows, 12, moments)
     assert min(looked) < 20, "nothing was screened"
     start = np.zeros((60, 3)), np.log(moments.count / 200)
     penalty = np.linalg.norm(
-        fs._loss(fs._standard(features.array, rows, moments, np.arange(60)), y, *start)[1], axis=1
+        lasso.cross_entropy(
+            lasso.standardised(features.array, rows, moments, np.arange(60)), y, *start
+        )[1],
+        axis=1,
     ).max()
     while (np.linalg.norm(start[0], axis=1) > 0).sum() < 12:
         penalty *= 0.8
@@ -336,15 +338,14 @@ def test_blocks_that_do_not_fit_in_memory(monkeypatch):
     features, rows = made(), np.arange(300)
     moments = Moments(features.array, features.labels, rows)
     whole = group_lasso(features.array, features.labels, rows, 0.03, moments=moments)
-    original, read = fs._standard, fs._blocks
-    monkeypatch.setattr(fs, "_blocks", lambda array, rows, size=64: read(array, rows, size))
-    monkeypatch.setattr(fs, "_standard", lambda *a: original(*a, memory=0))
+    monkeypatch.setattr(lasso, "_BLOCK", 64)
+    monkeypatch.setattr(lasso, "_KEPT", 0)
     streamed = group_lasso(features.array, features.labels, rows, 0.03, moments=moments)
     np.testing.assert_allclose(streamed[0], whole[0], atol=1e-9)
 
 
 def test_small_weights_do_not_end_the_path_early():
-    """With many classes and few rows all weights are small; the conditions of the optimum must hold all the same, nearly."""
+    """With many classes and few rows all weights are small; the optimum must be reached, nearly."""
     rng = np.random.default_rng(8)
     y = np.repeat(np.arange(50), 4)
     x = rng.normal(size=(200, 300)).astype(np.float32)
@@ -352,17 +353,17 @@ def test_small_weights_do_not_end_the_path_early():
     moments, rows, seen = Moments(x, y, np.arange(200)), np.arange(200), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fs,
+            lasso,
             "group_lasso",
             lambda array, labels, rows, penalty, *rest: (
                 seen.append((penalty, group_lasso(array, labels, rows, penalty, *rest)))
                 or seen[-1][1]
             ),
         )
-        length = fs.group_lasso_path(x, y, rows, 50, moments)
+        length = lasso.group_lasso_path(x, y, rows, 50, moments)
     penalty, (w, b) = seen[-1]
     assert (length > 0).sum() >= 50 and set(np.argsort(-length)[:40]) <= set(range(60))
-    g = fs._loss(fs._standard(x, rows, moments, np.arange(300)), y, w, b)[1]
+    g = lasso.cross_entropy(lasso.standardised(x, rows, moments, np.arange(300)), y, w, b)[1]
     inside = np.linalg.norm(w, axis=1) > 0
     gap = np.linalg.norm(
         g[inside] + penalty * w[inside] / np.linalg.norm(w[inside], axis=1, keepdims=True), axis=1

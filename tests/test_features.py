@@ -13,8 +13,8 @@ from conftest import ROOT, make_photos
 
 from finetune_nb.data import load_images
 from finetune_nb.environment import FinetuneError
-from finetune_nb.features import POOLS, Features, block_names, extract_features, linear_probe
-from finetune_nb.models import load_resnet, to_input
+from finetune_nb.features import Features, block_names, extract_features, linear_probe
+from finetune_nb.models import POOLS, load_resnet, to_input
 from finetune_nb.resumable import Parts
 
 
@@ -29,7 +29,7 @@ def net():
 
 
 def maps(model, images, layer):
-    """Outputs of a block for all images at once, by an independent way: no hooks of ours, float64."""
+    """Outputs of a block for all images at once, by an independent way: no taps, float64."""
     found, module = {}, dict(model.named_modules())[layer]
     pixels = next(
         iter(
@@ -113,7 +113,8 @@ from finetune_nb.data import load_images
 from finetune_nb.features import extract_features
 from finetune_nb.models import load_resnet
 torch.set_num_threads(1)
-extract_features(load_resnet("resnet20"), load_images("digits", limit=150), folder=sys.argv[1], part=32)
+images = load_images("digits", limit=150)
+extract_features(load_resnet("resnet20"), images, folder=sys.argv[1], part=32)
 """
 
 

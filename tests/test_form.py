@@ -22,8 +22,6 @@ from finetune_nb.environment import notebook_hash  # noqa: E402
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 DEBTS = {  # lessons that are still too long; none is added
-    "07_features",
-    "08_feature_selection",
     "14_application",
 }
 SETTINGS = config["DEFAULT"]

@@ -272,7 +272,7 @@ def test_kill_minus_nine(tmp_path):
     assert last.wait(300) == 0, last.stderr.read()
     assert digest(load_model(tmp_path / "whole")) == digest(load_model(tmp_path / "killed"))
     history = json.loads((tmp_path / "killed" / "run.json").read_text())["history"]
-    assert [row["trained"] for row in history] == ["fc", "all", "all"]
+    assert [row["trained"] for row in history] == ["head", "all", "all"]
 
 
 EVERY = {  # one run of 3 epochs of 7 steps each; the phases of lp-ft and gradual change between epochs

@@ -17,7 +17,7 @@ from ..data.index import Images
 from ..distributed import gather_rows, join, rank, world
 from ..environment import pick_device
 from ..models.anatomy import logits_of
-from ..models.loading import to_input
+from ..models.loading import input_options, to_input
 
 # %% ../../nbs/reference/prediction.ipynb #predund1
 @contextlib.contextmanager
@@ -88,9 +88,8 @@ def predict_logits(
     if len(images) == 0 or len(part):
         loader = part.loader(
             batch_size=batch_size,
-            size=size or model.info["size"],
-            crop_ratio=model.info["crop_ratio"],
             workers=workers,
+            **input_options(model, size),
         )
         for batch, first, found in _batches(model, loader, device):
             logits.append(found)

@@ -7,36 +7,46 @@ __all__ = []
 
 # %% ../../nbs/reference/room_features.ipynb #export0fe
 from .choice import Selection, selected_model
-from finetune_nb.features.extraction import (
-    block_names,
-    Features,
-    row_ids,
-    model_fingerprint,
-    extract_features,
-    linear_probe,
-)
-from finetune_nb.features.selection import (
-    METHODS,
+from .extraction import extract_features
+from .identity import model_fingerprint
+from finetune_nb.features.lasso import (
+    blocks_of,
     Moments,
+    standardised,
+    cross_entropy,
     group_lasso,
     group_lasso_path,
-    column_scores,
-    select_features,
 )
+from .probing import STRENGTHS, linear_probe, tuned_probe
+from .ranking import METHODS, minimum_redundancy, column_scores
+from .selection import select_features
+from .store import row_ids, width_of, open_store, Features
+from .taps import block_names, chosen_taps, Taps, at_rest
 
 __all__ = [
     "Features",
     "METHODS",
     "Moments",
+    "STRENGTHS",
     "Selection",
+    "Taps",
+    "at_rest",
     "block_names",
+    "blocks_of",
+    "chosen_taps",
     "column_scores",
+    "cross_entropy",
     "extract_features",
     "group_lasso",
     "group_lasso_path",
     "linear_probe",
+    "minimum_redundancy",
     "model_fingerprint",
+    "open_store",
     "row_ids",
     "select_features",
     "selected_model",
+    "standardised",
+    "tuned_probe",
+    "width_of",
 ]

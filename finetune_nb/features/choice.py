@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.edits import apply_edit
 from ..environment import FinetuneError, write_atomic
-from .extraction import model_fingerprint
+from .identity import model_fingerprint
+from ..models.anatomy import anatomy, head_of
+from ..models.edits import apply_edit
 
 # %% ../../nbs/reference/choice.ipynb #676c3934
 class _Choice:
@@ -32,30 +33,29 @@ class _Choice:
     def _repr_html_(self):
         return f'<pre style="font-family:monospace">{self.summary()}</pre>'
 
-    def by_layer(self):  # → {layer: (chosen, columns)}
+    def by_layer(self) -> dict:
+        "Of each block: (columns chosen, columns there are)."
         layers = self.columns["layer"]
-        return {
-            name: (int(self.mask[layers == name].sum()), int((layers == name).sum()))
-            for name in dict.fromkeys(layers.tolist())
-        }
+        of_block = {name: layers == name for name in dict.fromkeys(layers.tolist())}
+        return {name: (int(self.mask[own].sum()), int(own.sum())) for name, own in of_block.items()}
 
-    def summary(self):  # → text: one line a block
+    def summary(self) -> str:
+        "How many columns were chosen by what, and one line a block."
+        by_layer = self.by_layer()
+        wide = max(12, *map(len, by_layer))
         lines = [
-            f"Selection: {len(self):,} of {len(self.mask):,} columns by {self.meta['method']}, chosen on {self.meta['rows']:,} training rows"
+            f"Selection: {len(self):,} of {len(self.mask):,} columns by {self.meta['method']}, "
+            f"chosen on {self.meta['rows']:,} training rows"
         ]
-        return "\n".join(
-            lines
-            + [
-                f"  {name:12} {chosen:5} of {all_:5}"
-                for name, (chosen, all_) in self.by_layer().items()
-            ]
-        )
+        lines += [f"  {name:{wide}} {n:5} of {most:5}" for name, (n, most) in by_layer.items()]
+        return "\n".join(lines)
 
-    def plot(self):  # → figure: the share of each block that was chosen
+    def plot(self):
+        "A matplotlib figure: the share of each block that was chosen."
         import matplotlib.pyplot as plt
 
         share = {name: chosen / n for name, (chosen, n) in self.by_layer().items()}
-        figure, axis = plt.subplots(figsize=(7, 2.4))
+        figure, axis = plt.subplots(figsize=(7, 2.8))
         axis.bar(range(len(share)), list(share.values()))
         axis.axhline(len(self) / len(self.mask), color="grey", ls=":")
         axis.set_xticks(range(len(share)), share, rotation=40, ha="right")
@@ -65,101 +65,116 @@ class _Choice:
 
 # %% ../../nbs/reference/choice.ipynb #4f4763a1
 class Selection(_Choice):
-    "Which columns were chosen, by which scores, on which rows."
+    """Which columns were chosen, by which scores, on which rows.
+
+    mask: bool [D]; scores: float64 [D], high is good; columns: structured [D], as of `Features`;
+    meta: method, k, seed, number of rows, fingerprints of model and data, ids of the rows."""
 
     def __init__(self, mask, scores, columns, meta):
-        self.mask, self.scores, self.columns, self.meta = (
-            np.asarray(mask, bool),
-            np.asarray(scores),
-            columns,
-            meta,
-        )
+        self.mask, self.scores = np.asarray(mask, bool), np.asarray(scores)
+        self.columns, self.meta = columns, meta
 
-    def take(self, features, rows=None):  # → float32 [n, k]; refuses features of another model
-        if features.meta["model"] != self.meta["model"] or len(features.columns) != len(self.mask):
+    def take(
+        self,
+        features,
+        rows=None,  # places; None: all
+    ) -> np.ndarray:
+        "float32 [n, k]. Raises `FinetuneError` for features of another model or other blocks."
+        same = self.meta["model"] == features.meta["model"]
+        if not same or not np.array_equal(self.columns, features.columns):
             raise FinetuneError(
-                f"the selection was made on features of another model or other blocks ({self.meta['model']}, {len(self.mask)} columns; these: {features.meta['model']}, {len(features.columns)}): select anew"
+                f"the selection was made on features of another model or other blocks "
+                f"({self.meta['model']}, {len(self.mask)} columns; these: "
+                f"{features.meta['model']}, {len(features.columns)}): select anew"
             )
-        return np.asarray(
-            features.array[slice(None) if rows is None else rows][:, self.mask], np.float32
-        )
+        which = slice(None) if rows is None else rows
+        return np.asarray(features.array[which][:, self.mask], np.float32)
 
     def held_out(
-        self, features, rows=None
-    ):  # the same for rows to be tested on; refuses rows that it was chosen on
+        self,
+        features,
+        rows=None,  # places; None: all
+    ) -> np.ndarray:
+        "`take` for rows to be tested on. Raises `FinetuneError` where rows took part in it."
         ids = features.ids[slice(None) if rows is None else rows]
-        if seen := int(np.isin(ids, self.meta["ids"]).sum()):
+        seen = int(np.isin(ids, self.meta["ids"]).sum())
+        if seen:
             raise FinetuneError(
-                f"{seen} of these {len(ids)} rows took part in the selection: a figure on them would be too good; select on training rows only, inside each fold"
+                f"{seen} of these {len(ids)} rows took part in the selection: a figure on them "
+                "would be too good; select on training rows only, inside each fold"
             )
         return self.take(features, rows)
 
-    def save(self, path):  # one .npz without pickles
-        meta = {k: v for k, v in self.meta.items() if k != "ids"}
+    def save(self, path):
+        "Write one .npz without pickles; returns its path."
+        meta = {name: value for name, value in self.meta.items() if name != "ids"}
+        kept = {"mask": self.mask, "scores": self.scores, "columns": self.columns}
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            mask=self.mask,
-            scores=self.scores,
-            columns=self.columns,
-            ids=self.meta["ids"],
-            meta=np.array(json.dumps(meta)),
-        )
+        np.savez(buffer, **kept, ids=self.meta["ids"], meta=np.array(json.dumps(meta)))
         return write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path):
+        "Read what `save` wrote. Raises `FinetuneError`: missing or damaged."
         try:
             with np.load(path, allow_pickle=False) as file:
-                return cls(
-                    file["mask"],
-                    file["scores"],
-                    file["columns"],
-                    json.loads(str(file["meta"])) | {"ids": file["ids"]},
-                )
+                meta = json.loads(str(file["meta"])) | {"ids": file["ids"]}
+                return cls(file["mask"], file["scores"], file["columns"], meta)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise FinetuneError(
                 f"{path} is not a stored selection ({error}): select again"
             ) from error
 
 # %% ../../nbs/reference/choice.ipynb #7216e904
-def selected_model(
-    model: nn.Module,  # the net that the features came from
-    selection: Selection,
-    probe,  # a `linear_probe` of selection.take(features)
-) -> (
-    nn.Module
-):  # in eval mode; predicts from pixels, can be fine-tuned, saved and loaded like any other
-    "Join net, selection and probe into one model. Raises `FinetuneError` where they do not belong together."
-    scaler, head, table = probe[0], probe[-1], selection.columns
-    if model_fingerprint(model) != selection.meta["model"]:
-        raise FinetuneError(
-            "the selection was made on features of another model: give the net that extract_features was given"
-        )
-    if len(scaler.mean_) != len(selection):
-        raise FinetuneError(
-            f"the probe has {len(scaler.mean_)} inputs, the selection {len(selection)} columns: fit it on selection.take(features)"
-        )
-    taps, places = [], []
+def _taps_of(selection, head):
+    "Rows [block, pool, columns chosen], and of each the places of those columns."
+    table, taps, places = selection.columns, [], []
     for layer, pool in dict.fromkeys(zip(table["layer"].tolist(), table["pool"].tolist())):
-        at = np.flatnonzero(selection.mask[(table["layer"] == layer) & (table["pool"] == pool)])
+        own = (table["layer"] == layer) & (table["pool"] == pool)
+        at = np.flatnonzero(selection.mask[own])
+        if len(at) and layer == head:
+            raise FinetuneError(
+                f"{len(at)} of the columns are what the head {head!r} is given, which a joined "
+                "model has no more: select among blocks, extract_features(…, layers='all')"
+            )
         if len(at):
             taps.append([layer, pool, len(at)])
             places.append(at)
+    return taps, places
+
+
+def selected_model(
+    model: nn.Module,  # the net that the features came from; left as it is
+    selection,  # a `Selection`
+    probe,  # a `linear_probe` of selection.take(features)
+) -> nn.Module:  # in eval mode; predicts from pixels, and is tuned, saved and loaded like any other
+    """Join net, selection and probe into one model. Raises `FinetuneError` where they do not
+    belong together, and for columns of the head's own input."""
+    scaler, linear = probe[0], probe[-1]
+    if model_fingerprint(model) != selection.meta["model"]:
+        raise FinetuneError(
+            "the selection was made on features of another model: "
+            "give the net that extract_features was given"
+        )
+    if len(scaler.mean_) != len(selection):
+        raise FinetuneError(
+            f"the probe has {len(scaler.mean_)} inputs, the selection {len(selection)} columns: "
+            "fit it on selection.take(features)"
+        )
+    taps, places = _taps_of(selection, anatomy(model).head)
     edit = {"edit": "select_columns", "taps": taps, "num_classes": model.info["num_classes"]}
-    joined, weight, bias = apply_edit(copy.deepcopy(model), edit), head.coef_, head.intercept_
-    if len(weight) == 1:
+    joined = apply_edit(copy.deepcopy(model), edit)
+    weight, bias = linear.coef_, linear.intercept_
+    if len(weight) == 1:  # of two classes, scikit-learn keeps the second one's half
         weight, bias = (np.concatenate([-part, part]) / 2 for part in (weight, bias))
-    values = {f"chosen{i}": at for i, at in enumerate(places)} | {
-        "centre": scaler.mean_,
-        "scale": 1 / scaler.scale_,
-    }
+    values = {f"chosen{i}": at for i, at in enumerate(places)}
+    values |= {"centre": scaler.mean_, "scale": 1 / scaler.scale_}
+    head, classes = head_of(joined), torch.as_tensor(linear.classes_).long()
     with torch.no_grad():
         for name, value in values.items():
             getattr(joined, name).copy_(torch.from_numpy(value))
-        joined.fc.weight.zero_()
-        joined.fc.bias.fill_(-30.0)  # a class that the probe has not seen is not foretold
-        joined.fc.weight[head.classes_], joined.fc.bias[head.classes_] = (
-            torch.from_numpy(part).float() for part in (weight, bias)
-        )
+        head.weight.zero_()
+        head.bias.fill_(-30.0)  # a class that the probe has not seen is not foretold
+        head.weight[classes] = torch.from_numpy(weight).to(head.weight)
+        head.bias[classes] = torch.from_numpy(bias).to(head.bias)
     return joined.eval()

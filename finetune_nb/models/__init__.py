@@ -56,6 +56,7 @@ from finetune_nb.models.loading import (
     load_backbone,
     load_resnet,
     to_input,
+    input_options,
     train_mode,
     layer_names,
 )
@@ -70,7 +71,6 @@ from finetune_nb.models.networks import (
     import_timm,
     asked_by,
 )
-from .pooling import LAYOUTS, output_of, as_maps, layouts
 from .starts import WEIGHTS, starting_weights, told
 
 __all__ = [
@@ -89,7 +89,6 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "KEPT",
-    "LAYOUTS",
     "NORMS",
     "POOLS",
     "SMALL",
@@ -102,7 +101,6 @@ __all__ = [
     "anatomy",
     "apply_edit",
     "architectures",
-    "as_maps",
     "asked_by",
     "backbone",
     "build",
@@ -113,9 +111,9 @@ __all__ = [
     "family_of",
     "head_of",
     "import_timm",
+    "input_options",
     "is_called",
     "layer_names",
-    "layouts",
     "lite0_source",
     "load_backbone",
     "load_model",
@@ -123,7 +121,6 @@ __all__ = [
     "load_weights",
     "logits_of",
     "named_for",
-    "output_of",
     "parts_of",
     "read_checkpoint",
     "replace_activation",

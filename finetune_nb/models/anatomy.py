@@ -68,7 +68,11 @@ class Anatomy:
         the class token (a square where they make one, else one row), or one vector an image."""
         output = logits_of(output)
         if output.ndim == 4:
-            return output.permute(0, 3, 1, 2) if self.channels_last else output
+            _, first, second, third = output.shape
+            # Of square pictures the shape itself tells; `channels_last` where it does not.
+            square = [second == third != first, first == second != third]
+            last = square[1] if any(square) else self.channels_last
+            return output.permute(0, 3, 1, 2) if last else output
         if output.ndim == 2:
             return output[:, :, None, None]
         tokens = output[:, self.prefix :].transpose(1, 2)

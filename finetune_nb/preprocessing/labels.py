@@ -9,7 +9,7 @@ __all__ = ['SCORES', 'FILTERS', 'label_quality', 'fold_of', 'out_of_fold', 'conf
 import numpy as np
 
 from ..environment import FinetuneError, keyed_uniform
-from ..features.extraction import linear_probe
+from ..features import linear_probe
 
 # %% ../../nbs/reference/labels.ipynb #5d48e903
 SCORES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

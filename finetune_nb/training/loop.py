@@ -16,7 +16,7 @@ import torch
 from ..distributed import average, gather_rows, is_writer, rank, world
 from ..environment import FinetuneError, keyed_seed
 from ..evaluation import evaluate
-from ..models import logits_of, to_input
+from ..models import input_options, logits_of, to_input
 from .callbacks import make_callbacks
 from .losses import blame, make_loss
 from .optimizers import make_optimizer, momentum_at, rate, recalibrate
@@ -281,12 +281,9 @@ class Loop(_Steps, _Epochs, _Ends):
 
     def loader(self, epoch, start):
         "Batches of an epoch from a position on; this process's share of each."
-        recipe, info = self.recipe, self.model.info
+        recipe = self.recipe
         return self.train.loader(
             batch_size=recipe.batch_size,
-            size=self.size,
-            crop_ratio=info["crop_ratio"],
-            interpolation=info.get("interpolation", "bilinear"),
             augment=recipe.augment,
             shuffle=True,
             seed=recipe.seed,
@@ -295,6 +292,7 @@ class Loop(_Steps, _Epochs, _Ends):
             workers=self.workers,
             rank=rank(),
             world=world(),
+            **input_options(self.model, self.size),
         )
 
     def call(self, moment, *more):

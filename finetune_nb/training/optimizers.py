@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..environment import FinetuneError
-from ..models import anatomy, to_input
+from ..models import anatomy, input_options, to_input
 from .callbacks import Callback, callback
 from .registry import Option, Registry
 
@@ -216,13 +216,13 @@ def recalibrate(
         return model
     modes = [(module, module.training) for module in model.modules()]
     before = [(m, m.momentum, [b.clone() for b in m.buffers()]) for m in norms]
-    info, device, seen = model.info, next(model.parameters()).device, 0
+    device, seen = next(model.parameters()).device, 0
     model.eval()
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
         m.train()
-    options = {"size": size or info["size"], "crop_ratio": info["crop_ratio"], "shuffle": True}
+    options = input_options(model, size) | {"shuffle": True}
     try:
         for batch in images.loader(batch_size=128, workers=workers, **options):
             if len(batch.labels) > 1:

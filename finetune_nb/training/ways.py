@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..environment import FinetuneError
-from ..models import anatomy, logits_of, to_input
+from ..models import anatomy, input_options, logits_of, to_input
 from .registry import Option
 from finetune_nb.training.strategies import (
     GroupOf,
@@ -114,14 +114,13 @@ def relative_gradients(
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    info = model.info
     try:
         model.eval()
         for p, *_ in kept:
             p.requires_grad_(True)
             p.grad = None
         some = images.limited(min(limit, len(images)))
-        for batch in some.loader(batch_size=128, size=info["size"], crop_ratio=info["crop_ratio"]):
+        for batch in some.loader(batch_size=128, **input_options(model)):
             if len(batch.labels):
                 logits = logits_of(model(to_input(batch.pixels, model, device)))
                 labels = batch.labels.to(device)
