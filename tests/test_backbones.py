@@ -25,7 +25,15 @@ from finetune_nb.features import (
     model_fingerprint,
     tuned_probe,
 )
-from finetune_nb.models import POOLS, adopt, anatomy, load_resnet, replace_activation, set_head
+from finetune_nb.models import (
+    POOLS,
+    adopt,
+    anatomy,
+    input_options,
+    load_resnet,
+    replace_activation,
+    set_head,
+)
 
 
 class Eyes(nn.Module):
@@ -116,8 +124,7 @@ def test_features_of_every_block(name):
     features = extract_features(model, images, pool=("mean", "max"), workers=0)
     assert features.layers == block_names(model) and len(features.layers) > 1
     assert np.isfinite(features.array).all() and features.array.astype(float).std(0).max() > 0
-    size, crop = model.info["size"], model.info["crop_ratio"]
-    batch = next(iter(images.loader(batch_size=6, size=size, crop_ratio=crop, workers=0)))
+    batch = next(iter(images.loader(batch_size=6, workers=0, **input_options(model))))
     mean, std = (torch.tensor(model.info[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
     x = (batch.pixels.float() - mean) / std
     for layer in features.layers:

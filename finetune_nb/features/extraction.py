@@ -22,6 +22,27 @@ from ..resumable import Parts
 _LARGEST = 65520  # what is as large rounds to infinity in float16
 
 
+def _storable(values):
+    "The same values, if float16 can hold them."
+    low, high = torch.aminmax(values)
+    if not (-_LARGEST < low and high < _LARGEST):  # NaN is neither
+        raise FinetuneError(
+            "the net gives values that float16 cannot hold (NaN or beyond 65,504): its weights "
+            "are damaged, or its input is not what it was trained on"
+        )
+    return values
+
+
+def _whole_groups(pixels, good, group):
+    "Pixels in whole groups: grey in the place of unreadable images and after the last one."
+    n = len(good)
+    if n % group == 0 and good.all():
+        return pixels
+    filled = torch.full((-(-n // group) * group, *pixels.shape[1:]), 127, dtype=torch.uint8)
+    filled[:n][torch.from_numpy(good)] = pixels
+    return filled
+
+# %% ../../nbs/07_features.ipynb #e4902336
 class _Pass:
     "One net, tapped, over rows of images: `fill` writes their features into an array."
 
@@ -33,37 +54,17 @@ class _Pass:
     def run(self, pixels):
         "Pooled outputs, float32 [B, D], of uint8 [B, 3, S, S]."
         x = to_input(pixels, self.taps.model, self.device)
-        values = self.taps(x.contiguous(memory_format=torch.channels_last))
-        low, high = torch.aminmax(values)
-        if not (-_LARGEST < low and high < _LARGEST):  # NaN is neither
-            raise FinetuneError(
-                "the net gives values that float16 cannot hold (NaN or beyond 65,504): its weights "
-                "are damaged, or its input is not what it was trained on"
-            )
-        return values
-
-    def _padded(self, batch, good):
-        "Pixels in whole groups: grey in the place of unreadable images and after the last one."
-        n = len(good)
-        if n % self.group == 0 and good.all():
-            return batch.pixels
-        whole = -(-n // self.group) * self.group
-        pixels = torch.full((whole, 3, self.size, self.size), 127, dtype=torch.uint8)
-        pixels[:n][torch.from_numpy(good)] = batch.pixels
-        return pixels
+        return _storable(self.taps(x.contiguous(memory_format=torch.channels_last)))
 
     def fill(self, images, out, bar):
         "Write float16 [n, D]; rows of images that cannot be read become NaN."
         rows, at = torch.from_numpy(out), 0  # the same memory: rounded on the way into it
-        loader = images.loader(
-            batch_size=self.batch_size,
-            workers=self.workers,
-            **input_options(self.taps.model, self.size),
-        )
+        options = input_options(self.taps.model, self.size)
+        loader = images.loader(batch_size=self.batch_size, workers=self.workers, **options)
         for batch in loader:
             end = batch.next_position
             good = ~np.isin(images.rows_at(np.arange(at, end)), list(loader.bad))
-            groups = self._padded(batch, good).split(self.group)
+            groups = _whole_groups(batch.pixels, good, self.group).split(self.group)
             for first, some in zip(range(at, end, self.group), groups):
                 last = min(first + self.group, end)
                 rows[first:last].copy_(self.run(some)[: last - first])
