@@ -94,7 +94,8 @@ class ResNet(nn.Module):
 
 # %% ../nbs/14_application.ipynb #199a3ee7
 class FineTuneResNet(nn.Module):
-    "The article's ResNet微调模型: a pretrained ResNet whose last layer is replaced by one for `num_classes`."
+    """The article's ResNet微调模型: a pretrained ResNet whose last layer is replaced by one for
+    `num_classes`."""
 
     def __init__(self, num_classes=10, pretrained=None, arch="resnet20"):
         super().__init__()
@@ -209,7 +210,8 @@ def default_recipe(
             weight_decay=1e-4,
         )
     batch = 128 if many else 64 if n >= 2_000 else 32
-    # A few epochs over many images do not learn them by heart: a crop would cost more than it gives.
+    # A few epochs over many images do not learn them by heart: a crop would cost more than it
+    # gives.
     augment = "affine" if characters else "flip" if many else "crop-flip"
     return Recipe(
         epochs=3 if many else 15, batch_size=batch, lr=0.05 * batch / 128, augment=augment
@@ -228,7 +230,8 @@ def _write_split(folder, parts):
 
 
 def _write_ledger(folder, data, images, run, before, evaluation):
-    "One row for the net as it came, where its classes fit, and one for the net as it is handed over."
+    """One row for the net as it came, where its classes fit, and one for the net as it is handed
+    over."""
     recipe, ledger = run.recipe, Ledger()
     if before is not None:
         ledger.add("as it comes", before, seed=recipe.seed)

@@ -269,7 +269,8 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo(
-            "finetune-nb: interrupted; what was saved stays, and the same command goes on from there",
+            "finetune-nb: interrupted; what was saved stays, and the same command goes on "
+            "from there",
             err=True,
         )
         sys.exit(130)

@@ -26,14 +26,16 @@ def figure_html(figure, alt: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}">'
 
 
 def plot_confusion(
     evaluation: Evaluation,
     most: int = 20,  # with more classes, the ones with the lowest recall
 ):  # → figure
-    "Rows are true classes, columns predictions, as shares of the row; each cell of the true class's row sums to 1."
+    "Rows are true classes, columns predictions, as shares of the row; each cell of the true"
+    "class's row sums to 1."
     import matplotlib.pyplot as plt
 
     table, names = evaluation.confusion(), list(evaluation.classes)
@@ -77,7 +79,8 @@ def plot_mistakes(
     images: Images,  # the evaluated selection
     most: int = 16,
 ):  # → figure, or None where there is no mistake
-    "The most confident mistakes as pictures: true class → predicted class, and how sure the model was."
+    "The most confident mistakes as pictures: true class → predicted class, and how sure the"
+    "model was."
     import matplotlib.pyplot as plt
 
     wrong = evaluation.mistakes()[:most]
@@ -94,16 +97,29 @@ def plot_mistakes(
     for axis, i in zip(axes.flat, wrong):
         axis.imshow(images[place[evaluation.keys[i]]][0])
         axis.set_title(
-            f"{evaluation.classes[evaluation.labels[i]][:12]} → {evaluation.classes[evaluation.predictions[i]][:12]}\n{sure[i]:.2f}",
+            f"{evaluation.classes[evaluation.labels[i]][:12]} → "
+            f"{evaluation.classes[evaluation.predictions[i]][:12]}\n{sure[i]:.2f}",
             fontsize=7,
         )
     figure.tight_layout(pad=0.6)
     return figure
 
 # %% ../nbs/reference/report.ipynb #8cdbe38b
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;font-size:.9rem}
-td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #eee}th{background:#f6f6f6}img{max-width:100%}pre{overflow-x:auto}"""
+_STYLE = """body {
+  font:16px/1.5 system-ui,sans-serif;
+  max-width:60rem;
+  margin:2rem auto;
+  padding:0 1rem;
+  color:#1a1a1a;
+  background:#fff;
+}
+h1{font-size:1.6rem}
+h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;font-size:.9rem}
+td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #eee}
+th{background:#f6f6f6}
+img{max-width:100%}
+pre{overflow-x:auto}"""
 
 
 def table_html(header, rows) -> str:
@@ -126,8 +142,8 @@ def write_report(
     train: Images = None,  # for the data sample
     tables=(),  # (heading, header, rows) shown first
 ) -> Path:
-    """One self-contained page: results, data sample, learning curves, confusion matrix, most confident mistakes,
-    recipe, versions."""
+    """One self-contained page: results, data sample, learning curves, confusion matrix, most
+    confident mistakes, recipe, versions."""
     interval = "{:.4f} [{:.4f}, {:.4f}]"
     low, high = evaluation.accuracy_interval
     figures = [("accuracy", interval.format(evaluation.accuracy, low, high))]
@@ -178,7 +194,8 @@ def write_report(
     ]
     return write_atomic(
         path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style>{"".join(parts)}</html>\n',
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style>{"".join(parts)}</html>\n',
     )
 
 # %% ../nbs/reference/report.ipynb #b17dcc20
@@ -188,10 +205,11 @@ def write_card(
     run: Run,
     evaluation: Evaluation,
     data: str,  # what it was trained on, in words
-    licence: str = "Apache-2.0 for what this project made; the data's and the starting weights' own terms apply",
+    licence: str = "Apache-2.0 for what this project made; "
+    "the data's and the starting weights' own terms apply",
 ) -> Path:
-    """A model card: what it is, how it was made, what it scores with intervals, what it is not for, and the hash of its
-    file."""
+    """A model card: what it is, how it was made, what it scores with intervals, what it is not for,
+    and the hash of its file."""
     info, (low, high) = run.model.info, evaluation.accuracy_interval
     lines = [
         f"# {info['arch']}, {info['num_classes']} classes",
@@ -201,7 +219,8 @@ def write_card(
         f"- data fingerprint: `{run.meta.get('data', 'unknown')}`",
         f"- started from: {info['weights'] or 'random weights'}",
         f"- input: RGB, {info['size']} pixels, mean {info['mean']}, std {info['std']}",
-        f"- accuracy on {len(evaluation):,} held-out images: {evaluation.accuracy:.4f}, 95% interval [{low:.4f}, {high:.4f}]",
+        f"- accuracy on {len(evaluation):,} held-out images: {evaluation.accuracy:.4f}, 95% "
+        f"interval [{low:.4f}, {high:.4f}]",
     ]
     lines += [
         f"- {name}: {v:.4f} [{a:.4f}, {b:.4f}]"
@@ -210,7 +229,8 @@ def write_card(
     ]
     lines += [
         f"- licence: {licence}",
-        "- not for: images unlike the training data; the accuracy above holds for images drawn as the held-out ones were",
+        "- not for: images unlike the training data; the accuracy above holds for images "
+        "drawn as the held-out ones were",
         "",
         "## Recipe",
         "",

@@ -16,14 +16,16 @@ PROFILES = yaml.safe_load((ROOT / "tests" / "profiles.yaml").read_text(encoding=
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory):
-    """Indexes and glyphs of all workers lie in one folder of this test run, never in the user's cache."""
+    """Indexes and glyphs of all workers lie in one folder of this test run, never in the user's
+    cache."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     os.environ["FINETUNE_NB_CACHE"] = str(base / "finetune_nb_cache")
 
 
 def make_photos(folder, classes=3, each=14, seed=0, split=False):
-    """A folder of photographs of different sizes and kinds: each class has its own colour and stripes."""
+    """A folder of photographs of different sizes and kinds: each class has its own colour and
+    stripes."""
     rng = np.random.default_rng(seed)
     for c in range(classes):
         for i in range(each):

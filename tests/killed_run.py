@@ -1,4 +1,7 @@
-"""A training run in a process of its own, to be killed: killed_run.py FOLDER RECIPE_JSON [SLEEP]."""
+"""A training run in a process of its own, to be killed.
+
+killed_run.py FOLDER RECIPE_JSON [SLEEP]
+"""
 
 import json
 import sys

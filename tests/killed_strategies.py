@@ -1,7 +1,6 @@
-"""Many runs, each once left alone and once killed with SIGKILL and resumed: killed_strategies.py FOLDER {NAME: RECIPE, …}.
-
-Prints {NAME: [digest of the whole, digest of the killed, kills]}. The runs are forks of this process, so that torch is imported once.
-"""
+"""Many runs, each once left alone and once killed with SIGKILL and resumed: killed_strategies.py
+FOLDER {NAME: RECIPE, …}.  Prints {NAME: [digest of the whole, digest of the killed, kills]}. The
+runs are forks of this process, so that torch is imported once."""
 
 import hashlib
 import json
@@ -23,7 +22,8 @@ KILLS = (3, 7, 9, 19)  # steps after which: 7 end an epoch
 
 
 def train(folder, recipe, steps=None):
-    """In the child: one run from wherever the folder stands; after each step its number goes through the pipe, and time to be killed in."""
+    """In the child: one run from wherever the folder stands; after each step its number goes
+    through the pipe, and time to be killed in."""
     activation = recipe.pop("activation", None)
     if steps:
         step = Loop.step

@@ -385,7 +385,10 @@ def test_doctor():
 
 def test_import_is_light():
     """What `import finetune_nb` brings in beyond torch: nothing of ours but itself."""
-    code = "import sys, torch; before = set(sys.modules); import finetune_nb; print(sorted(set(sys.modules) - before))"
+    code = (
+        "import sys, torch; before = set(sys.modules); import finetune_nb; "
+        "print(sorted(set(sys.modules) - before))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

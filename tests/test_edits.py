@@ -61,7 +61,8 @@ def test_saved_and_loaded(tmp_path, activation):
 
 
 def test_the_ramp_begins_where_the_net_was(parts):
-    """With rates of 0 the net at amount 0 is the old net, at 1 the new one, and half way the mean of the two functions."""
+    """With rates of 0 the net at amount 0 is the old net, at 1 the new one, and half way the mean
+    of the two functions."""
     model = replace_activation(net(), "silu").eval()
     block, x = copy.deepcopy(model.layer1[0].relu), torch.randn(99)
     block.amount = 0.5

@@ -1,4 +1,5 @@
-"""Every strategy: what moves, what rests, the arithmetic against an oracle, and runs that are broken off."""
+"""Every strategy: what moves, what rests, the arithmetic against an oracle, and runs that are
+broken off."""
 
 import copy
 import math
@@ -150,7 +151,8 @@ def one_batch(images):
 
 
 def test_l2_sp_is_its_penalty(parts):
-    """One step from the start is a plain step, as the pull is zero there; the second one has the gradient of pull/2 |w − w0|²."""
+    """One step from the start is a plain step, as the pull is zero there; the second one has the
+    gradient of pull/2 |w − w0|²."""
     recipe = Recipe(strategy="l2-sp", pull=0.3, lr=0.05, **PLAIN | {"epochs": 2})
     start, model, oracle = net(), net(), net()
     quiet(model, parts[0], recipe=recipe)
@@ -217,7 +219,8 @@ def test_swa_is_the_mean_of_the_last_weights(parts):
 
 
 def test_schedule_free_by_its_definition():
-    """In float64, as the three sequences of the paper, on gradients that do not depend on the point."""
+    """In float64, as the three sequences of the paper, on gradients that do not depend on the
+    point."""
     generator = torch.Generator().manual_seed(3)
     p = torch.nn.Parameter(torch.randn(7, generator=generator, dtype=torch.float64))
     x = z = p.detach().clone()
@@ -379,7 +382,8 @@ def test_a_strategy_that_does_not_fit_names_those_that_do(parts):
             setattr(block, name, torch.nn.Identity())
     with pytest.raises(
         FinetuneError,
-        match="'norm-only' does not fit this resnet20: it has no norms; those that do: full, head, lp-ft, gradual.*l2-sp",
+        match="'norm-only' does not fit this resnet20: it has no norms; "
+        "those that do: full, head, lp-ft, gradual.*l2-sp",
     ) as error:
         quiet(model, parts[0], recipe=SMALL.replace(strategy="norm-only"))
     assert str(error.value).count("norm-only") == 1
@@ -388,7 +392,8 @@ def test_a_strategy_that_does_not_fit_names_those_that_do(parts):
 
 @pytest.mark.parametrize("strategy", ["full", "auto-rgn", "lora"])
 def test_a_run_that_diverges_keeps_its_last_good_state(parts, tmp_path, strategy, monkeypatch):
-    """The loss is finite when the update breaks the weights: no state with NaN may be written, and the caller gets the last good net."""
+    """The loss is finite when the update breaks the weights: no state with NaN may be written, and
+    the caller gets the last good net."""
     original, kept = Loop.step, {}
 
     def step(self, *args):

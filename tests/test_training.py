@@ -59,8 +59,9 @@ def quiet(*args, **options):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_oracle(parts, optimizer):
-    """One epoch against torch's own optimizer with schedule and clipping by hand: SGD in double precision; Adam, whose first steps are
-    the sign of the gradient and so magnify any rounding, in the same precision and without the fused kernel."""
+    """One epoch against torch's own optimizer with schedule and clipping by hand: SGD in double
+    precision; Adam, whose first steps are the sign of the gradient and so magnify any rounding,
+    in the same precision and without the fused kernel."""
     dtype = torch.float64 if optimizer == "sgd" else torch.float32
     recipe = Recipe(
         epochs=1,
@@ -193,7 +194,8 @@ def test_run_is_kept_and_found_again(parts, tmp_path):
 
 
 def break_and_resume(parts, folder, recipe, steps, monkeypatch, net=net):
-    """An error in the place of a power cut after so many steps, then a second run from the folder: (whole model, resumed model) with the same history."""
+    """An error in the place of a power cut after so many steps, then a second run from the folder:
+    (whole model, resumed model) with the same history."""
     whole = net()
     first = quiet(whole, *parts[:2], recipe)
     original, count = Loop.step, [0]
@@ -243,7 +245,8 @@ def launch(folder, recipe, *sleep):
 
 
 def test_kill_minus_nine(tmp_path):
-    """A real process is killed in the middle of epochs and across the moment where the body is unfrozen; it ends with the same bits."""
+    """A real process is killed in the middle of epochs and across the moment where the body is
+    unfrozen; it ends with the same bits."""
     recipe = {
         "epochs": 3,
         "batch_size": 20,
@@ -275,7 +278,8 @@ def test_kill_minus_nine(tmp_path):
     assert [row["trained"] for row in history] == ["head", "all", "all"]
 
 
-EVERY = {  # one run of 3 epochs of 7 steps each; the phases of lp-ft and gradual change between epochs
+# One run of 3 epochs of 7 steps each; the phases of lp-ft and gradual change between epochs.
+EVERY = {
     "head": {},
     "full": {"freeze_epochs": 1},
     "lp-ft": {},
@@ -294,7 +298,8 @@ EVERY = {  # one run of 3 epochs of 7 steps each; the phases of lp-ft and gradua
 
 
 def test_every_strategy_survives_kill_minus_nine(tmp_path):
-    """Each by name, killed inside the first phase, just before and after a change of phase, and near the end: the weights are those of a run that was left alone."""
+    """Each by name, killed inside the first phase, just before and after a change of phase, and
+    near the end: the weights are those of a run that was left alone."""
     plans = {
         name: {"strategy": name, "epochs": 3, "batch_size": 16, "augment": "affine"} | changes
         for name, changes in EVERY.items()
@@ -460,7 +465,8 @@ def test_bad_images_are_counted_in_the_history(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(parts, tmp_path, monkeypatch):
-    """Writing fails as on a full disk, in the middle; what was there stays, and the run goes on when there is room."""
+    """Writing fails as on a full disk, in the middle; what was there stays, and the run goes on
+    when there is room."""
     import safetensors.torch
 
     quiet(net(), *parts[:2], SMALL.replace(epochs=1), folder=tmp_path / "a")

@@ -1,4 +1,5 @@
-"""The range test puts everything back; blends against arithmetic; soups never fall below their best member."""
+"""The range test puts everything back; blends against arithmetic; soups never fall below their best
+member."""
 
 import copy
 
@@ -54,7 +55,8 @@ def test_find_lr_leaves_no_trace(parts, changes):
 
 
 def test_find_lr_steps_are_those_of_the_loop(parts):
-    """With the rate held still, the losses of the range test are those of a plain loop over the same batches."""
+    """With the rate held still, the losses of the range test are those of a plain loop over the
+    same batches."""
     recipe = SMALL.replace(schedule="constant", warmup=0, lr=0.01, epochs=1)
     found, losses = find_lr(net(), parts[0], recipe, low=0.01, high=0.01 * (1 + 1e-9), steps=10), []
     from finetune_nb.training.loop import Loop
