@@ -97,3 +97,61 @@ def test_parts_take_their_rank_from_the_environment(environment, tmp_path):
     assert parts.todo() == [1, 4, 7] and "0 done" in repr(parts)
     parts.save(4, x=np.arange(10))
     assert parts.todo() == [1, 7] and "1 done" in repr(parts)
+
+
+TRAINING = """
+import sys
+import torch
+from finetune_nb.data import load_images
+from finetune_nb.distributed import rank
+from finetune_nb.models import load_resnet
+from finetune_nb.training import Recipe, fit
+torch.set_num_threads(1)
+train, valid, test = load_images("digits", limit=160).three_way()
+torch.manual_seed(0)
+model = load_resnet("resnet20", "shipped", 10)
+# The head learns and every norm keeps its statistics, so that halves of a batch say what it says.
+recipe = Recipe(strategy="head", epochs=2, batch_size=16, augment="affine", loss=sys.argv[2])
+run = fit(model, train, valid, recipe, sys.argv[1], progress=False)
+last = run.history[-1]
+with open(f"{sys.argv[1]}-{rank()}.txt", "w") as file:
+    file.write(f"{last['train_loss']:.4f} {last['valid_loss']:.4f}")
+"""
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "weighted"])
+def test_two_ranks_train_what_one_process_trains(tmp_path, loss):
+    """The ranks share each batch: same weights as one process, one writer, one history."""
+    from finetune_nb.models import load_model
+
+    (tmp_path / "program.py").write_text(TRAINING)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    said = []
+    for name, launch in (("one", []), ("two", torchrun)):
+        command = [*launch, str(tmp_path / "program.py"), str(tmp_path / name), loss]
+        environment = {k: v for k, v in os.environ.items() if k not in NAMES}
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said += [path.read_text() for path in sorted(tmp_path.glob(f"{name}-*.txt"))]
+    assert len(said) == 3 and len(set(said)) == 1, f"one process and two ranks: {said}"
+    one, two = (load_model(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(value.float(), two[name].float(), atol=2e-5), name
+
+
+def test_a_rank_that_cannot_join_trains_nothing(environment, tmp_path):
+    from test_training import SMALL, net, quiet
+
+    from finetune_nb.data import load_images
+
+    train, valid, _ = load_images("digits", limit=60).three_way()
+    environment(RANK="1", WORLD_SIZE="2")
+    with pytest.raises(FinetuneError, match="MASTER_ADDR.*torchrun"):
+        quiet(net(), train, valid, SMALL, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
