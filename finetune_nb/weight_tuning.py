@@ -44,7 +44,9 @@ def blend(
             mixed[name] = sum(share * state[name] for share, state in zip(shares, states))
     out = copy.deepcopy(models[0])
     out.load_state_dict(mixed)
-    return recalibrate(out, images) if images is not None else out.eval()
+    if images is not None:
+        recalibrate(out, images)
+    return out.eval()
 
 # %% ../nbs/reference/rates.ipynb #196bce24
 import copy

@@ -195,3 +195,9 @@ def test_table_of_ways_marks_what_an_interval_shows():
     lines = ways_table(ledger).splitlines()
     marks = [line.rstrip()[-1] for line in lines[1:]]
     assert marks == ["0", "+", "0"] and "0.600" in lines[1] and "0.703" in lines[2]
+
+
+def test_a_blend_is_in_eval_mode_with_and_without_new_statistics(parts):
+    nets = [net().train(), net(seed=3).train()]
+    for images in (None, parts[0]):
+        assert not any(module.training for module in blend(nets, [0.5, 0.5], images).modules())
