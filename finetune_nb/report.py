@@ -34,8 +34,8 @@ def plot_confusion(
     evaluation: Evaluation,
     most: int = 20,  # with more classes, the ones with the lowest recall
 ):  # → figure
-    "Rows are true classes, columns predictions, as shares of the row; each cell of the true"
-    "class's row sums to 1."
+    """Rows are true classes, columns predictions, as shares of the row: the cells of a row sum
+    to 1."""
     import matplotlib.pyplot as plt
 
     table, names = evaluation.confusion(), list(evaluation.classes)
@@ -79,8 +79,8 @@ def plot_mistakes(
     images: Images,  # the evaluated selection
     most: int = 16,
 ):  # → figure, or None where there is no mistake
-    "The most confident mistakes as pictures: true class → predicted class, and how sure the"
-    "model was."
+    """The most confident mistakes as pictures: true class → predicted class, and how sure the
+    model was."""
     import matplotlib.pyplot as plt
 
     wrong = evaluation.mistakes()[:most]

@@ -41,6 +41,7 @@ from finetune_nb.data.reading import (
     open_index,
     ByteReader,
     file_stamp,
+    settled,
     content_hashes,
 )
 from finetune_nb.data.sources import (
@@ -107,6 +108,7 @@ __all__ = [
     "scan_folder",
     "scan_parquet",
     "scan_tars",
+    "settled",
     "source",
     "three_way",
     "to_parquet",

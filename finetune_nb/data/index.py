@@ -211,9 +211,8 @@ class Images:
             raise FinetuneError(f"limit={limit} must be 1 or more")
         splits = np.unique(self.column("split").astype(str), return_inverse=True)[1]
         order, rank, size = self._ranked(seed, "limit", splits)
-        # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same share
-        # of
-        # each group.
+        # The k-th of the m in its group stands at about k/m: a cut at limit/N takes the same
+        # share of each group.
         place = (rank + keyed_uniform(seed, "limit", order, 1, step=1)[:, 0]) / size
         return self.select(np.sort(order[np.argsort(place, kind="stable")[:limit]]))
 

@@ -17,7 +17,7 @@ from ..environment import FinetuneError, cache_folder, fingerprint, shipped_file
 from .glyphs import glyph_images
 from .index import Images, from_arrays, with_splits
 from .packing import download_set
-from .reading import file_stamp, open_index, save_index
+from .reading import file_stamp, open_index, save_index, settled
 from .sources import find_paths, scan_folder, scan_parquet, scan_tars
 
 # %% ../../nbs/04_data.ipynb #24aa76ef
@@ -80,11 +80,10 @@ def _kept_index(paths, seed):
     "(where the index of these files is kept, whether it still holds)."
     stamps = [(str(path), *file_stamp(path)) for path in paths]
     index = cache_folder() / "index" / f"{fingerprint('v2', stamps, seed)}.arrow"
-    # A folder is always walked anew: its own time does not tell of changes deeper down. A file
-    # that
-    # changed within two seconds before it was indexed may have changed once more without a trace.
-    latest = max(max(stamp[2:4]) for stamp in stamps)
-    holds = index.is_file() and index.stat().st_mtime_ns > latest + 2 * 10**9
+    # A folder is always walked anew: its own time does not tell of changes deeper down.
+    holds = index.is_file() and all(
+        settled(stamp[1:], index.stat().st_mtime_ns) for stamp in stamps
+    )
     return index, holds and not any(path.is_dir() for path in paths)
 
 # %% ../../nbs/04_data.ipynb #bc529382

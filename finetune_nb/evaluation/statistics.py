@@ -10,7 +10,7 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+import scipy  # its parts are loaded where they are first used: that takes half a second
 
 from ..environment import FinetuneError
 
@@ -25,8 +25,8 @@ def wilson(
     formula's is too short. By `scipy.stats.binomtest`."""
     if not 0 <= right <= n or n < 1:
         raise FinetuneError(f"{right} right of {n}: expected 0 ≤ right ≤ n and n ≥ 1")
-    level = level if z is None else 1 - 2 * stats.norm.sf(z)
-    found = stats.binomtest(int(right), int(n)).proportion_ci(level, method="wilson")
+    level = level if z is None else 1 - 2 * scipy.stats.norm.sf(z)
+    found = scipy.stats.binomtest(int(right), int(n)).proportion_ci(level, method="wilson")
     return min(float(found.low), right / n), max(float(found.high), right / n)
 
 
@@ -37,7 +37,7 @@ def mcnemar(
     """The exact test of McNemar (1947): are the disagreements of two models split like coin
     tosses? By `scipy.stats.binomtest`."""
     fewer, n = int(min(only_first, only_second)), int(only_first + only_second)
-    return float(stats.binomtest(fewer, n).pvalue) if n else 1.0
+    return float(scipy.stats.binomtest(fewer, n).pvalue) if n else 1.0
 
 # %% ../../nbs/reference/statistics.ipynb #statkin1
 def _short(value, sign=""):
@@ -172,7 +172,9 @@ def _spread(table):
 
 def _half(spread, level):
     "Half the width of the interval: the widest of its t intervals."
-    return max(float(stats.t.ppf((1 + level) / 2, freedom)) * error for error, freedom in spread)
+    return max(
+        float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error for error, freedom in spread
+    )
 
 
 def _with_rows(table, *values):
@@ -237,7 +239,7 @@ def paired(
         return Difference(value, -math.inf, math.inf, level, seeds, rows, note, centre=centre)
     half = _half(spread, level)
     low, high = max(-bound, centre - half), min(bound, centre + half)
-    p = max(float(2 * stats.t.sf(abs(centre) / error, freedom)) for error, freedom in spread)
+    p = max(float(2 * scipy.stats.t.sf(abs(centre) / error, freedom)) for error, freedom in spread)
     kept = (p, centre, tuple(spread), bound)
     return Difference(value, low, high, level, seeds, rows, "", *kept)
 

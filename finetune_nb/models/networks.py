@@ -29,6 +29,11 @@ def backbone(
     or timm, and, when the net is built, for parts that cannot be told."""
     if "/" in name or name in _torchvision_names():
         raise FinetuneError(f"backbone({name!r}): torchvision or timm has that name; take another")
+    return _registered(name, shipped, **words)
+
+
+def _registered(name, shipped=None, **words):
+    "`backbone` for the package's own nets: to compare names would load torchvision at import."
 
     def register(function):
         BACKBONES[name] = (function, shipped, words)
@@ -101,7 +106,7 @@ def _cifar(depth):
 
 for _name, _depth in SMALL.items():
     _file = "pretrained_resnet_model.pth" if _name == "resnet20" else None
-    backbone(_name, _file, size=32, crop_ratio=1.0)(_cifar(_depth))
+    _registered(_name, _file, size=32, crop_ratio=1.0)(_cifar(_depth))
 
 # %% ../../nbs/reference/networks.ipynb #62197e08
 class _SameConv(nn.Conv2d):
@@ -181,7 +186,7 @@ class EfficientNetLite0(nn.Module):
         return self.classifier(self.dropout(self.top(x).mean((2, 3))))
 
 
-@backbone(
+@_registered(
     "efficientnet_lite0",
     shipped="efficientnet_lite0.safetensors",
     mean=[0.498] * 3,

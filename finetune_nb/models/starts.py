@@ -8,8 +8,6 @@ __all__ = ['WEIGHTS', 'starting_weights', 'told']
 # %% ../../nbs/reference/starts.ipynb #fdef94e6
 from pathlib import Path
 
-import torchvision.models
-
 from ..environment import FinetuneError, shipped_file
 from .checkpoints import read_checkpoint
 from .networks import BACKBONES, asked_by, import_timm
@@ -49,6 +47,8 @@ def starting_weights(
 
 def _of_torchvision(arch):
     "The best weights that torchvision publishes for a net."
+    import torchvision.models
+
     entry = torchvision.models.get_model_weights(arch).DEFAULT
     try:
         found = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -15,7 +15,7 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import beta
+import scipy
 
 from ..distributed import is_writer
 from ..environment import FinetuneError, keyed_uniform, write_atomic
@@ -240,7 +240,7 @@ class Mix(Callback):
         partner = torch.from_numpy(_partners(keys)).to(batch.inputs.device)
         cut = self.cutmix and (not self.mixup or draw[0] < 0.5)
         alpha = self.cutmix if cut else self.mixup
-        share = float(beta.ppf(draw[1], alpha, alpha))
+        share = float(scipy.stats.beta.ppf(draw[1], alpha, alpha))
         x, classes = batch.inputs, loop.model.info["num_classes"]
         if cut:
             batch.inputs, share = _paste(x, x[partner], share, draw[2:4])

@@ -21,7 +21,6 @@ from ..distributed import is_writer, join, wait_for_all, world
 from ..environment import FinetuneError, pick_device, versions, write_atomic
 from ..models import load_model, save_model
 from .loop import Loop
-from .optimizers import rate  # noqa: F401
 from .recipe import Recipe
 from .state import differences, identity_of, read_meta
 
