@@ -18,7 +18,6 @@ from finetune_nb.environment import FinetuneError
 from finetune_nb.features import (
     Features,
     Taps,
-    at_rest,
     block_names,
     extract_features,
     linear_probe,
@@ -33,6 +32,7 @@ from finetune_nb.models import (
     load_resnet,
     replace_activation,
     set_head,
+    undisturbed,
 )
 
 
@@ -242,7 +242,7 @@ def test_every_mode_comes_back():
     before = {name: module.training for name, module in model.named_modules()}
     extract_features(model, pictures())
     assert {name: module.training for name, module in model.named_modules()} == before
-    with pytest.raises(ValueError), at_rest(model):
+    with pytest.raises(ValueError), undisturbed(model):
         assert not any(module.training for module in model.modules())
         raise ValueError
     assert {name: module.training for name, module in model.named_modules()} == before
@@ -255,14 +255,14 @@ def test_tensors_come_back_to_their_device():
     class Moved(Exception):
         pass
 
-    with pytest.raises(Moved), at_rest(model, torch.device("cpu")):
+    with pytest.raises(Moved), undisturbed(model, torch.device("cpu")):
         model.half()
         model.float()
         raise Moved
     assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
     assert kept.keys() == model.state_dict().keys()
     if torch.cuda.is_available():
-        with at_rest(model, torch.device("cuda")):
+        with undisturbed(model, torch.device("cuda")):
             assert next(model.parameters()).is_cuda
         assert not any(tensor.is_cuda for tensor in model.state_dict().values())
 

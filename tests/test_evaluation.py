@@ -20,18 +20,17 @@ from finetune_nb.evaluation import (
     Evaluation,
     Ledger,
     bootstrap,
+    compute_metrics,
     evaluate,
     holm,
     interval,
     mcnemar,
-    compute_metrics,
     paired,
     predict,
     predict_logits,
-    undisturbed,
     wilson,
 )
-from finetune_nb.models import load_resnet, to_input
+from finetune_nb.models import load_resnet, to_input, undisturbed
 
 
 def sample(n=400, k=5, seed=0, skill=1.5):

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/reference/room_evaluation.ipynb #export0ev
 from .ledger import Ledger
 from .metrics import compute_metrics, bootstrap
-from .prediction import undisturbed, predict_logits, softmax, predict
+from .prediction import predict_logits, softmax, predict
 from .scoring import Scores, Evaluation, evaluate
 from finetune_nb.evaluation.statistics import (
     wilson,
@@ -36,6 +36,5 @@ __all__ = [
     "predict",
     "predict_logits",
     "softmax",
-    "undisturbed",
     "wilson",
 ]

@@ -21,7 +21,7 @@ from .probing import STRENGTHS, linear_probe, tuned_probe
 from .ranking import METHODS, minimum_redundancy, column_scores
 from .selection import select_features
 from .store import row_ids, width_of, open_store, Features
-from .taps import block_names, chosen_taps, Taps, at_rest
+from .taps import block_names, chosen_taps, Taps
 
 __all__ = [
     "Features",
@@ -30,7 +30,6 @@ __all__ = [
     "STRENGTHS",
     "Selection",
     "Taps",
-    "at_rest",
     "block_names",
     "blocks_of",
     "chosen_taps",

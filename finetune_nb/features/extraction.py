@@ -14,8 +14,9 @@ from ..data.index import Images
 from ..environment import FinetuneError, pick_device
 from .identity import model_fingerprint
 from .store import Features, open_store, row_ids
-from .taps import Taps, at_rest
+from .taps import Taps
 from ..models.loading import input_options, to_input
+from ..models.modes import undisturbed
 from ..resumable import Parts
 
 # %% ../../nbs/07_features.ipynb #9b7d6a44
@@ -93,7 +94,7 @@ def extract_features(
     device = pick_device(device) if isinstance(device, str) else device
     fingerprint, size = model_fingerprint(model), size or model.info["size"]
     group = 32 if device.type == "cpu" else 256
-    with at_rest(model, device), torch.inference_mode(), Taps(model, layers, pool) as taps:
+    with undisturbed(model, device), torch.inference_mode(), Taps(model, layers, pool) as taps:
         work = _Pass(taps, size, group, batch_size, device, workers)
         width = _first(work, model).shape[1]
         meta = {

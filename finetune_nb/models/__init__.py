@@ -17,7 +17,6 @@ from finetune_nb.models.anatomy import (
     parts_of,
     head_of,
     set_head,
-    eval_mode,
     tapped,
     adopt,
 )
@@ -60,6 +59,7 @@ from finetune_nb.models.loading import (
     train_mode,
     layer_names,
 )
+from .modes import kept_modes, eval_mode, undisturbed
 from finetune_nb.models.networks import (
     BACKBONES,
     SMALL,
@@ -113,6 +113,7 @@ __all__ = [
     "import_timm",
     "input_options",
     "is_called",
+    "kept_modes",
     "layer_names",
     "lite0_source",
     "load_backbone",
@@ -134,4 +135,5 @@ __all__ = [
     "told_by_family",
     "told_by_timm",
     "train_mode",
+    "undisturbed",
 ]

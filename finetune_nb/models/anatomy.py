@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'DEFAULTS', 'NORMS', 'Anatomy', 'logits_of', 'anatomy', 'parts_of', 'head_of',
-           'set_head', 'eval_mode', 'tapped', 'adopt']
+           'set_head', 'tapped', 'adopt']
 
 # %% ../../nbs/reference/anatomy.ipynb #9655955d
 from contextlib import contextmanager
@@ -262,18 +262,6 @@ def _fresh(old, classes):
         f"the head is a {type(old).__name__}, neither linear nor a convolution: "
         "give set_head the new module itself"
     )
-
-
-@contextmanager
-def eval_mode(model: nn.Module):
-    "The net in eval mode for a while; then each module is back in the mode that it had itself."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

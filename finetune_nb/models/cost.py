@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .anatomy import eval_mode
+from .modes import eval_mode
 
 # %% ../../nbs/reference/cost.ipynb #b076e436
 def count_cost(

@@ -15,7 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..environment import FinetuneError
-from .anatomy import anatomy, eval_mode, parts_of
+from .anatomy import anatomy, parts_of
+from .modes import eval_mode
 
 # %% ../../nbs/reference/edits.ipynb #803761bf
 def _mean(x):

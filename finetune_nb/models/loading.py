@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from ..environment import FinetuneError
-from .anatomy import anatomy, eval_mode, head_of, set_head
-from .checkpoints import load_model, load_weights, named_for
-from .checkpoints import read_checkpoint, save_model
+from .anatomy import anatomy, head_of, set_head
+from finetune_nb.models.checkpoints import (
+    load_model,
+    load_weights,
+    named_for,
+    read_checkpoint,
+    save_model,
+)
 from .cost import count_cost
+from .modes import eval_mode
 from .networks import SMALL, build
 from .starts import starting_weights, told
 

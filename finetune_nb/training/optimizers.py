@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..environment import FinetuneError
-from ..models import anatomy, input_options, to_input
+from ..models import anatomy, eval_mode, input_options, to_input
 from .callbacks import Callback, callback
 from .registry import Option, Registry
 
@@ -214,30 +214,27 @@ def recalibrate(
     norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
     if not norms:
         return model
-    modes = [(module, module.training) for module in model.modules()]
     before = [(m, m.momentum, [b.clone() for b in m.buffers()]) for m in norms]
     device, seen = next(model.parameters()).device, 0
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
     options = input_options(model, size) | {"shuffle": True}
     try:
-        for batch in images.loader(batch_size=128, workers=workers, **options):
-            if len(batch.labels) > 1:
-                model(to_input(batch.pixels, model, device))
-                seen += len(batch.labels)
-            if seen >= limit:
-                break
+        with eval_mode(model):
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None
+                m.train()
+            for batch in images.loader(batch_size=128, workers=workers, **options):
+                if len(batch.labels) > 1:
+                    model(to_input(batch.pixels, model, device))
+                    seen += len(batch.labels)
+                if seen >= limit:
+                    break
     finally:
         for m, momentum, buffers in before:
             m.momentum = momentum
             if not seen:
                 for buffer, value in zip(m.buffers(), buffers):
                     buffer.copy_(value)
-        for module, mode in modes:
-            module.training = mode
     if not seen:
         raise FinetuneError(
             "BatchNorm's statistics cannot be measured: no batch holds two readable images"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..environment import FinetuneError
-from ..models import anatomy, input_options, logits_of, to_input
+from ..models import anatomy, eval_mode, input_options, logits_of, to_input
 from .registry import Option
 from finetune_nb.training.strategies import (
     GroupOf,
@@ -112,26 +112,23 @@ def relative_gradients(
 ) -> dict:  # group without the head → length of the gradient / length of the weights
     "How much each part wants to move for its size, on labelled images (Lee et al. 2023)."
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        model.eval()
         for p, *_ in kept:
             p.requires_grad_(True)
             p.grad = None
         some = images.limited(min(limit, len(images)))
-        for batch in some.loader(batch_size=128, **input_options(model)):
-            if len(batch.labels):
-                logits = logits_of(model(to_input(batch.pixels, model, device)))
-                labels = batch.labels.to(device)
-                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        with eval_mode(model):
+            for batch in some.loader(batch_size=128, **input_options(model)):
+                if len(batch.labels):
+                    logits = logits_of(model(to_input(batch.pixels, model, device)))
+                    labels = batch.labels.to(device)
+                    nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         return _ratios(model, GroupOf(model))
     finally:
         for p, asked, grad in kept:
             p.requires_grad_(asked)
             p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
 
 # %% ../../nbs/reference/ways.ipynb #str00012
 @strategy("surgical", layers=Option((), "groups to train; none: the largest relative gradient"))
