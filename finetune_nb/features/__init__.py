@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/reference/room_features.ipynb #export0fe
 from .choice import Selection, selected_model
 from .extraction import extract_features
-from .identity import model_fingerprint
+from .identity import tensors_digest, model_fingerprint
 from finetune_nb.features.lasso import (
     blocks_of,
     Moments,
@@ -46,6 +46,7 @@ __all__ = [
     "select_features",
     "selected_model",
     "standardised",
+    "tensors_digest",
     "tuned_probe",
     "width_of",
 ]

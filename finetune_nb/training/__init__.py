@@ -48,7 +48,6 @@ from .registry import DECLARED, RESERVED, Option, Registry, option_of
 from .run import COLUMNS, Run, fit
 from finetune_nb.training.state import (
     VERSION,
-    weights_hash,
     identity_of,
     differences,
     save_state,
@@ -152,5 +151,4 @@ __all__ = [
     "save_state",
     "strategy",
     "top_rate",
-    "weights_hash",
 ]

@@ -222,7 +222,8 @@ def fit(
     join(device.type)
     came, generator = _AsItCame(model), torch.get_rng_state()
     loop = Loop(model, train, valid, recipe, folder, device, workers, progress)
-    loop.identity = identity_of(model, recipe, train, valid)
+    # Without a folder nothing is compared: no picture has to be read for its hash.
+    loop.identity = identity_of(model, recipe, train, valid) if folder else {}
     meta = _to_go_on(folder, loop.identity) if folder and resume else None
     try:
         _start(loop, meta)
@@ -281,7 +282,7 @@ def _keep(loop):
         "recipe": recipe.as_dict(),
         "recipe_hash": recipe.hash,
         "history": at["history"],
-        "data": loop.identity["data"],
+        "data": loop.identity.get("data"),
         "device": str(loop.device),
         "threads": torch.get_num_threads(),
         "world": world(),
