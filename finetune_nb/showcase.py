@@ -16,9 +16,10 @@ from .data.loading import load_images
 from .environment import write_atomic
 from .evaluation.scoring import evaluate
 from .evaluation.statistics import interval, paired
-from .models.anatomy import anatomy, head_of, tapped
+from .features import extract_features
+from .models.anatomy import head_of
 from .models.checkpoints import save_model
-from .models.loading import input_options, load_backbone, load_resnet, to_input
+from .models.loading import load_backbone, load_resnet
 from .report import write_card, write_report
 from .training.run import Recipe, fit
 
@@ -83,18 +84,6 @@ def plan_recipe(way, epochs, batch_size, seed) -> Recipe:
     )
 
 
-def _fed(model, images):
-    "What the head is fed with: features float32 [N, C] and labels [N]."
-    found, labels = [], []
-    name = anatomy(model).head
-    model.eval()
-    with torch.inference_mode(), tapped(model, [name], lambda _, x: found.append(x.flatten(1))):
-        for batch in images.loader(batch_size=64, **input_options(model)):
-            model(to_input(batch.pixels, model))
-            labels.append(batch.labels)
-    return torch.cat(found).float().clone(), torch.cat(labels)
-
-
 def fit_head(
     model,  # changed in place: only its head learns
     images,
@@ -102,7 +91,9 @@ def fit_head(
 ) -> torch.nn.Module:  # the model
     """Train the head alone on stored features: each picture goes through the net once, not once an
     epoch. SGD with momentum, the rate falling to zero along a cosine."""
-    x, y = _fed(model, images)
+    found = extract_features(model, images, layers="head", size=recipe.size or None)
+    x = torch.from_numpy(found.array[found.good].astype(np.float32))
+    y = torch.from_numpy(found.labels[found.good].astype(np.int64))
     head = head_of(model)
     optimizer = torch.optim.SGD(
         head.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay

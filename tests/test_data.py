@@ -924,3 +924,10 @@ def test_shift_and_flip_move_whole_pixels():
         wanted = pixels[i][rows.clip(0, 15)][:, columns.clip(0, 15)]
         assert np.array_equal(shifted[i], wanted)
         assert np.array_equal(flipped[i], pixels[i, :, ::-1] if u[i, 2] < 0.5 else pixels[i])
+
+
+def test_names_are_shown_as_they_are():
+    """A class that is called like an HTML element is text wherever a table shows it."""
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    shown = from_arrays(pixels, [0, 1, 0, 1], ["<b>", "a & b"])._repr_html_()
+    assert "&lt;b&gt;" in shown and "a &amp; b" in shown and "<b>" not in shown

@@ -20,8 +20,6 @@ from test_house import MODULES, defined, name_of, public
 SETTINGS = configparser.ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 SITE = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-# Pages on which markup is still to be mended; none is added.
-DEBTS = set()
 RAW = re.compile(r"<[\w.]+ object at|^:::", re.M)
 
 
@@ -149,8 +147,6 @@ def test_the_comments_of_a_recipes_fields_are_on_a_page(site):
                 fields = [ln for ln in code.splitlines() if re.match(r"    \w+: .*  # ", ln)]
                 assert fields
                 shown = text_of(site[1][path.relative_to(NBS).as_posix()])
-                if "Recipe" in DEBTS:
-                    pytest.xfail("a known debt")
                 for line in fields:
                     assert line.split("  # ")[1].strip() in shown, line
                 return
@@ -161,7 +157,7 @@ def test_the_comments_of_a_recipes_fields_are_on_a_page(site):
 def test_nothing_raw_is_shown(site, which):
     for name, page in site[which].items():
         found = RAW.search(text_of(page))
-        assert not found or name in DEBTS, f"{name}: {found[0]}"
+        assert not found, f"{name}: {found[0]}"
 
 
 def test_figures_have_an_alt_text(site):
@@ -273,7 +269,6 @@ def test_a_missing_alt_text_is_made_of_what_is_said():
 DIRECTIVE = re.compile(r"^#\| (export|exports|exporti|default_exp|hide)\b", re.M)
 WORD = re.compile(r"\w+")
 NOT_SHOWN = {  # public names that still lack an example; none is added
-    "fit_head",
     "Activation",
     "Batch",
     "CifarResNet",

@@ -510,3 +510,11 @@ def test_bf16_and_compile_options_run(parts):
         warnings.simplefilter("ignore")
         run = quiet(net(), parts[0], recipe=SMALL.replace(epochs=1, precision="bf16"))
     assert np.isfinite(run.history[0]["train_loss"])
+
+
+def test_without_a_folder_no_picture_is_read_for_its_hash(parts, monkeypatch):
+    def read(self):
+        raise AssertionError("the contents are hashed, and nothing keeps the hash")
+
+    monkeypatch.setattr(type(parts[0]), "fingerprint", read)
+    assert quiet(net(), *parts[:2], SMALL.replace(epochs=1)).meta["data"] is None

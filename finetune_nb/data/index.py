@@ -8,6 +8,7 @@ __all__ = ['Images', 'from_arrays', 'with_splits']
 # %% ../../nbs/reference/image_index.ipynb #332eb3c7
 import functools
 import hashlib
+import html
 import json
 import operator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from .batches import Loader, PixelCache
 from ..environment import FinetuneError, keyed_uniform
+from ..tables import table_html
 from .packing import pack, to_parquet
 from .decoding import BadImage, draw_pictures, npy_bytes, open_rgb
 from .reading import ByteReader, content_hashes, whole_table
@@ -67,15 +69,10 @@ class Images:
         return open_rgb(self.read(row)), int(self._labels[row])
 
     def _repr_html_(self):
-        rows = "".join(
-            f"<tr><td>{name}</td><td>{count:,}</td></tr>"
-            for name, count in self.counts("split").items()
-        )
         named = ", ".join(self.classes[:12]) + (" …" if len(self.classes) > 12 else "")
-        return (
-            f"<table><tr><th>split</th><th>images</th></tr>{rows}</table>"
-            f"<p>{len(self.classes)} classes: {named}; {self._origin()}</p>"
-        )
+        counts = [(name, f"{count:,}") for name, count in self.counts("split").items()]
+        says = f"{len(self.classes)} classes: {named}; {self._origin()}"
+        return table_html(("split", "images"), counts) + f"<p>{html.escape(says)}</p>"
 
     # Rows: numbers in the table. Places: numbers in the selection.
     def rows_at(

@@ -6,7 +6,6 @@
 __all__ = ['Ledger']
 
 # %% ../../nbs/reference/ledger.ipynb #ledgimp0
-import html
 import json
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..environment import FinetuneError, versions, write_atomic
+from ..tables import table_html
 from .statistics import Interval
 
 # %% ../../nbs/reference/ledger.ipynb #ledgcls0
@@ -112,9 +112,4 @@ class Ledger:
         return self.summary()
 
     def _repr_html_(self):
-        head = "".join(f"<th>{name}</th>" for name in ("stage", "accuracy", "95% interval", "n"))
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-            for cells in self._cells()
-        )
-        return f"<table><tr>{head}</tr>{body}</table>"
+        return table_html(("stage", "accuracy", "95% interval", "n"), self._cells())

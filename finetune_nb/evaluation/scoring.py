@@ -6,7 +6,6 @@
 __all__ = ['Scores', 'Evaluation', 'evaluate']
 
 # %% ../../nbs/reference/scoring.ipynb #scorimp0
-import html
 import json
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..data.index import Images
 from ..environment import FinetuneError, write_atomic
+from ..tables import table_html
 from .metrics import bootstrap, compute_metrics
 from .prediction import predict_logits, softmax
 from .statistics import Difference, paired, wilson
@@ -146,13 +146,9 @@ class Evaluation(Scores):
         return self.summary()
 
     def _repr_html_(self):
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{value}</td><td>{ends}</td></tr>"
-            for name, value, ends in self._figures()
-        )
         aside = f", {len(self.set_aside)} set aside" if self.set_aside else ""
-        head = f"<tr><th>{len(self):,} images{aside}</th><th>value</th><th>95% interval</th></tr>"
-        return f"<table>{head}{rows}</table>"
+        head = (f"{len(self):,} images{aside}", "value", "95% interval")
+        return table_html(head, self._figures())
 
     def save(self, path) -> Path:
         "Write one .npz without pickles."

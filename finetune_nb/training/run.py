@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..data.index import Images
 from ..distributed import is_writer, join, wait_for_all, world
 from ..environment import FinetuneError, pick_device, versions, write_atomic
+from ..tables import table_html
 from ..models import load_model, save_model
 from .loop import Loop
 from .recipe import Recipe
@@ -48,9 +49,7 @@ class Run:
 
     def _repr_html_(self):
         names, rows = self._table()
-        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return table_html([name.replace("_", " ") for name in names], rows)
 
     def _table(self):
         "Names of the columns, and rows of texts."
