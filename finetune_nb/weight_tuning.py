@@ -99,7 +99,7 @@ class LRFinder:
         axis.set_ylim(0, 2 * self.losses[0])
         axis.set_xlabel("learning rate")
         axis.set_ylabel("cross-entropy (nats)")
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="lower left")
         figure.tight_layout()
         return figure
 

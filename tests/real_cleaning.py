@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import NBS, ROOT
+from real_report import Report
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from finetune_nb.data import load_images
-from finetune_nb.environment import cache_folder, notebook_hash
-from finetune_nb.evaluation import Ledger, evaluate, paired
+from finetune_nb.environment import cache_folder
+from finetune_nb.evaluation import evaluate, paired
 from finetune_nb.features import extract_features, linear_probe
 from finetune_nb.models import load_resnet
 from finetune_nb.preprocessing import (
@@ -34,14 +34,9 @@ from finetune_nb.training import Recipe, fit
 
 REAL = Path(os.environ["FINETUNE_NB_DATA"])
 WEIGHTS = REAL / "weights/resnet18_imagenet.pth"
-OUT = ROOT / "data/results/05_preprocessing"
 COLUMNS = ("aggre_label", "random_label1", "worse_label")
-ledger = Ledger()
-
-
-def say(stage, text, **figures):
-    print(text, flush=True)
-    ledger.add(stage, text=text, **figures)
+report = Report("05_preprocessing")
+say = report.say
 
 
 def cleanlab_scores(p, y, wrong):
@@ -386,22 +381,12 @@ def hymenoptera():
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        ledger = Ledger()
-        context = {
-            "published": published,
-            "labels": labels,
-            "leaks": leaks,
-            "finetuned": finetuned,
-            "training": training,
-            "hymenoptera": hymenoptera,
-        }[name]()
-        place = ledger.save(
-            OUT / f"{name}-cpu.json",
-            lesson="05_preprocessing",
-            source=notebook_hash(NBS / "05_preprocessing.ipynb"),
-            device="cpu",
-            threads=torch.get_num_threads(),
-            **context,
-        )
-        print("written", place.relative_to(ROOT))
+    works = {
+        "published": published,
+        "labels": labels,
+        "leaks": leaks,
+        "finetuned": finetuned,
+        "training": training,
+        "hymenoptera": hymenoptera,
+    }
+    report.run(works, sys.argv[1:])

@@ -24,23 +24,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import NBS, ROOT
 from PIL import Image, ImageFilter
+from real_report import Report
 
 from finetune_nb.data import load_images
 from finetune_nb.models.edits import replace_activation
 from finetune_nb.training.loop import recalibrate
-from finetune_nb.environment import notebook_hash
-from finetune_nb.evaluation import Ledger, evaluate, holm, paired
+from finetune_nb.evaluation import evaluate, holm, paired
 from finetune_nb.data.index import from_arrays
 from finetune_nb.models import load_resnet
 from finetune_nb.models.anatomy import anatomy
 from finetune_nb.training import Recipe, fit
 
 REAL = Path(os.environ["FINETUNE_NB_DATA"])
-OUT = ROOT / "data/results/10_weight_tuning"
-SOURCE = notebook_hash(NBS / "10_weight_tuning.ipynb")  # as it is when the work begins
-ledger = Ledger()
+report = Report("10_weight_tuning")
+say = report.say
 WAYS = {
     "full": {},
     "head": dict(strategy="head"),
@@ -53,11 +51,6 @@ WAYS = {
     "lora": dict(strategy="lora"),
     "l2-sp": dict(strategy="l2-sp", pull=0.1),
 }
-
-
-def say(stage, text, **figures):
-    print(text, flush=True)
-    ledger.add(stage, text=text, **figures)
 
 
 def pixels_of(images, size):
@@ -395,22 +388,12 @@ def activation(shots=100, epochs=5, seeds=3, kinds=("relu", "leaky_relu", "gelu"
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        ledger = Ledger()
-        context = {
-            "near": near,
-            "far": far,
-            "ood": ood,
-            "many": many,
-            "activation": activation,
-            "slow": slow,
-        }[name]()
-        place = ledger.save(
-            OUT / f"{name}-cpu.json",
-            lesson="10_weight_tuning",
-            source=SOURCE,
-            device="cpu",
-            threads=torch.get_num_threads(),
-            **context,
-        )
-        print("written", place.relative_to(ROOT))
+    works = {
+        "near": near,
+        "far": far,
+        "ood": ood,
+        "many": many,
+        "activation": activation,
+        "slow": slow,
+    }
+    report.run(works, sys.argv[1:])

@@ -156,16 +156,14 @@ def test_the_last_layer_is_fc_whatever_its_name():
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
+def fine_tuned(folder, out, weights="shipped", epochs=1):
+    recipe = Recipe(epochs=epochs, batch_size=8)
+    return fine_tune(folder, out, "resnet20", weights, recipe, progress=False)
+
+
 def test_the_whole_road_leaves_what_it_promises(tmp_path):
     folder = make_photos(tmp_path / "photos", split=True)
-    found = fine_tune(
-        folder,
-        tmp_path / "run",
-        "resnet20",
-        "shipped",
-        recipe=Recipe(epochs=2, batch_size=8),
-        progress=False,
-    )
+    found = fine_tuned(folder, tmp_path / "run", epochs=2)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
         "state.safetensors",
@@ -204,22 +202,8 @@ def test_the_whole_road_leaves_what_it_promises(tmp_path):
 
 def test_a_checkpoint_that_fits_is_measured_first(tmp_path):
     folder = make_photos(tmp_path / "photos")
-    first = fine_tune(
-        folder,
-        tmp_path / "a",
-        "resnet20",
-        "shipped",
-        recipe=Recipe(epochs=2, batch_size=8),
-        progress=False,
-    )
-    second = fine_tune(
-        folder,
-        tmp_path / "b",
-        "resnet20",
-        weights=tmp_path / "a" / "model.safetensors",
-        recipe=Recipe(epochs=1, batch_size=8),
-        progress=False,
-    )
+    first = fine_tuned(folder, tmp_path / "a", epochs=2)
+    second = fine_tuned(folder, tmp_path / "b", tmp_path / "a" / "model.safetensors", epochs=1)
     assert (
         second["before"].accuracy == first["evaluation"].accuracy
         and [r["stage"] for r in second["ledger"].rows][0] == "as it comes"

@@ -34,6 +34,21 @@ def plain_loop(loader, arch="resnet20", epochs=1, classes=10):
             schedule.step()
 
 
+def plain_loader(folder, size):
+    "torchvision's own pipeline for what `crop-flip` does."
+    steps = transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.RandomCrop(size, size // 8),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    return DataLoader(ImageFolder(folder, steps), batch_size=64, shuffle=True, num_workers=2)
+
+
 def ours(images, arch="resnet20", epochs=1, augment="none", size=32):
     fit(
         load_resnet(arch, None, 10),
@@ -64,19 +79,8 @@ def in_memory(n=1920):
 
 
 def from_files(folder, size, arch, name, epochs):
-    images = load_images(folder).select(np.arange(len(load_images(folder))))
-    steps = transforms.Compose(
-        [
-            transforms.Resize(size),
-            transforms.CenterCrop(size),
-            transforms.RandomCrop(size, size // 8),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    loader = DataLoader(ImageFolder(folder, steps), batch_size=64, shuffle=True, num_workers=2)
-    work = epochs * len(images) / 64
+    loader = plain_loader(folder, size)
+    work = epochs * len(loader.dataset) / 64
     compare(
         name,
         lambda: ours(load_images(folder), arch, epochs, "crop-flip", size),
@@ -85,22 +89,11 @@ def from_files(folder, size, arch, name, epochs):
         "steps",
         repeats=2,
     )
-    return images, loader
 
 
 def read_only(folder, size, name):
     """The loader alone, first epoch (decoding) and second (decoded squares are kept)."""
-    steps = transforms.Compose(
-        [
-            transforms.Resize(size),
-            transforms.CenterCrop(size),
-            transforms.RandomCrop(size, size // 8),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    loader = DataLoader(ImageFolder(folder, steps), batch_size=64, shuffle=True, num_workers=2)
+    loader = plain_loader(folder, size)
 
     def plain():
         for _x, _y in loader:
